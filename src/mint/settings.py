@@ -1,0 +1,80 @@
+"""MINT_* environment variables and MinT's folders, read here and nowhere else. Imports only `errors`."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from mint.errors import InputError
+
+DTYPES = ("bfloat16", "float32")
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What the environment asks for; `None` means "MinT decides".
+
+    home: folder of runs, checkpoints and converted models (MINT_HOME, default ~/.mint).
+    device: torch device string (MINT_DEVICE).
+    dtype: "bfloat16" or "float32" for the base weights (MINT_DTYPE).
+    num_threads: compute threads (MINT_THREADS).
+    max_tokens_per_pass: tokens of one training pass (MINT_MAX_TOKENS_PER_PASS).
+    base_url: a remote server (MINT_BASE_URL, then TINKER_BASE_URL).
+    api_key: its key (MINT_API_KEY, then TINKER_API_KEY); never printed.
+    """
+
+    home: Path
+    device: str | None = None
+    dtype: str | None = None
+    num_threads: int | None = None
+    max_tokens_per_pass: int | None = None
+    base_url: str | None = None
+    api_key: str | None = None
+
+    def __repr__(self) -> str:
+        key = "set" if self.api_key else "not set"
+        return (
+            f"Settings(home={str(self.home)!r}, device={self.device!r}, dtype={self.dtype!r}, "
+            f"num_threads={self.num_threads}, max_tokens_per_pass={self.max_tokens_per_pass}, "
+            f"base_url={self.base_url!r}, api_key {key})"
+        )
+
+    @property
+    def runs_dir(self) -> Path:
+        return self.home / "runs"
+
+    @property
+    def models_dir(self) -> Path:
+        """Packaged models after their one conversion."""
+        return self.home / "models"
+
+    @property
+    def downloads_dir(self) -> Path:
+        return self.home / "downloads"
+
+
+def _positive_int(name: str) -> int | None:
+    text = os.environ.get(name)
+    if not text:
+        return None
+    if not text.isdecimal() or int(text) < 1:
+        raise InputError(f"{name}={text!r} is not a positive whole number; unset it or give one, e.g. {name}=2")
+    return int(text)
+
+
+def load() -> Settings:
+    """Read the environment now. Raises InputError on a value that cannot be used."""
+    env = os.environ
+    dtype = env.get("MINT_DTYPE") or None
+    if dtype is not None and dtype not in DTYPES:
+        raise InputError(f"MINT_DTYPE={dtype!r} is not supported; allowed: {', '.join(DTYPES)}, or unset to let MinT choose")
+    return Settings(
+        home=Path(env.get("MINT_HOME") or Path.home() / ".mint").expanduser().resolve(),
+        device=env.get("MINT_DEVICE") or None,
+        dtype=dtype,
+        num_threads=_positive_int("MINT_THREADS"),
+        max_tokens_per_pass=_positive_int("MINT_MAX_TOKENS_PER_PASS"),
+        base_url=env.get("MINT_BASE_URL") or env.get("TINKER_BASE_URL") or None,
+        api_key=env.get("MINT_API_KEY") or env.get("TINKER_API_KEY") or None,
+    )
