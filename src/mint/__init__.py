@@ -1,0 +1,1 @@
+"""MinT: fine-tune language models with LoRA from an ordinary Python loop."""

@@ -1,0 +1,134 @@
+"""`convert_conversations`: many conversations to datums, with an account of everything that was left out or added."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from mint import types
+from mint.chat.datums import Conversion, OnOverlong, Rules, TrainOn, as_renderer, convert, to_datum
+from mint.chat.encoding import Tokenizer
+from mint.chat.messages import Message, check_messages, skip_reason
+from mint.chat.renderer import Renderer
+from mint.errors import DataError
+
+_NUMBERS_SHOWN = 10  # row numbers printed per reason
+
+
+@dataclass(slots=True)
+class ConversionReport:
+    """What became of the rows of `convert_conversations`. Prints as a short table.
+
+    rows: conversations read. datums, tokens: what was made; a datum's tokens are those of its model input.
+    trained_tokens: targets with a weight other than zero.
+    skipped_rows: the numbers (from 0) of the rows that gave no datum, by reason; first_errors: one message per reason.
+    truncated_rows: rows with an answer or a history cut to max_length; dropped_turns: answers that did not fit, in rows
+        of which others did; trailing_messages: messages after the last assistant turn, left out.
+    control_text_rows: rows with the text of a control token in a message; it was encoded as ordinary text.
+    injected_system: system texts that the template added on its own, and in how many rows.
+    duplicate_rows: rows whose roles and contents equal those of an earlier row; they are kept.
+    """
+
+    rows: int = 0
+    datums: int = 0
+    tokens: int = 0
+    trained_tokens: int = 0
+    skipped_rows: dict[str, list[int]] = field(default_factory=dict)
+    first_errors: dict[str, str] = field(default_factory=dict)
+    truncated_rows: int = 0
+    dropped_turns: int = 0
+    trailing_messages: int = 0
+    control_text_rows: int = 0
+    injected_system: dict[str, int] = field(default_factory=dict)
+    duplicate_rows: int = 0
+
+    @property
+    def skipped(self) -> dict[str, int]:
+        """Number of skipped rows by reason."""
+        return {reason: len(numbers) for reason, numbers in self.skipped_rows.items()}
+
+    @property
+    def skipped_fraction(self) -> float:
+        """Skipped rows / rows; 0.0 without rows."""
+        return sum(self.skipped.values()) / self.rows if self.rows else 0.0
+
+    def __str__(self) -> str:
+        lines = [
+            f"rows                    {self.rows:,}",
+            f"datums                  {self.datums:,}",
+            f"tokens                  {self.tokens:,} ({self.trained_tokens:,} trained)",
+        ]
+        for reason, numbers in self.skipped_rows.items():
+            shown = ", ".join(map(str, numbers[:_NUMBERS_SHOWN])) + (", ..." if len(numbers) > _NUMBERS_SHOWN else "")
+            lines += [f"skipped: {reason:<14} {len(numbers):,} (rows {shown})", f"    {self.first_errors[reason]}"]
+        counts = {
+            "truncated rows": self.truncated_rows,
+            "answers too long": self.dropped_turns,
+            "trailing messages": self.trailing_messages,
+            "control token text": self.control_text_rows,
+            "exact duplicates": self.duplicate_rows,
+        }
+        lines += [f"{name:<23} {count:,}" for name, count in counts.items() if count]
+        lines += [f"system text added       {count:,} x {text!r}" for text, count in self.injected_system.items()]
+        return "\n".join(lines)
+
+    def add(self, conversion: Conversion, datums: list[types.Datum]) -> None:
+        """Count one converted row."""
+        self.datums += len(datums)
+        self.tokens += sum(datum.model_input.length for datum in datums)
+        self.trained_tokens += sum(weight != 0 for example in conversion.examples for weight in example.weights)
+        self.truncated_rows += conversion.shortened_turns > 0
+        self.dropped_turns += conversion.dropped_turns
+        self.trailing_messages += conversion.trailing_messages
+        self.control_text_rows += conversion.has_control_text
+        if conversion.injected_system is not None:
+            text = conversion.injected_system
+            self.injected_system[text] = self.injected_system.get(text, 0) + 1
+
+    def skip(self, row: int, error: DataError) -> None:
+        """Count one row that cannot be used."""
+        reason = skip_reason(error)
+        self.skipped_rows.setdefault(reason, []).append(row)
+        self.first_errors.setdefault(reason, f"row {row}: {error}")
+
+
+def convert_conversations(
+    rows: Iterable[Any],
+    tokenizer: Tokenizer | Renderer,
+    max_length: int,
+    train_on: TrainOn = "all_assistant",
+    *,
+    on_overlong: OnOverlong = "drop",
+) -> tuple[list[types.Datum], ConversionReport]:
+    """The datums of many conversations, in their order, and the report. Arguments as `conversation_to_datums`.
+
+    rows: message lists. A row that cannot be used is skipped and counted by reason; whether too many are, is the
+    caller's decision (`report.skipped_fraction`). Only with on_overlong="error" an overlong row raises DataError.
+    """
+    renderer, rules = as_renderer(tokenizer), Rules(max_length, train_on, on_overlong)
+    report, datums, seen = ConversionReport(), list[types.Datum](), set[bytes]()
+    for number, row in enumerate(rows):
+        report.rows += 1
+        try:
+            messages = check_messages(row)
+            digest = _digest(messages)
+            report.duplicate_rows += digest in seen
+            seen.add(digest)
+            conversion = convert(messages, renderer, rules)
+        except DataError as error:
+            if on_overlong == "error" and skip_reason(error) == "overlong":
+                raise DataError(f"{error} (row {number})") from None
+            report.skip(number, error)
+            continue
+        made = [to_datum(example) for example in conversion.examples]
+        report.add(conversion, made)
+        datums += made
+    return datums, report
+
+
+def _digest(messages: tuple[Message, ...]) -> bytes:
+    pairs = [(message.role, message.content) for message in messages]
+    return hashlib.blake2b(json.dumps(pairs).encode(), digest_size=16).digest()

@@ -1,0 +1,178 @@
+"""`Backend`: what computes. Tokens in, numbers and tokens out; no torch here, so that any process may import it.
+
+Long operations are generators ("work"): each `next` does a bounded unit, such as one layer of a pass, so that whoever
+drives them can share time; the generator's return value is the result. A Backend is used by one thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from mint.errors import MintError
+from mint.types.params import AdamParams, LoraConfig
+from mint.types.requests import TrainingInput
+from mint.types.results import SampledSequence, TopkLogprobs
+
+FloatArray = npt.NDArray[np.float32]
+Metrics = dict[str, float]
+
+# (index of a datum's logprobs -> gradient by them): a caller's loss over the logprobs of every datum, [N] or [N, K]
+CustomLoss = Callable[[Sequence[Any]], tuple[Any, Metrics]]
+
+
+@dataclass(frozen=True, slots=True)
+class BackendLimits:
+    """What this backend can do, asked once instead of probed."""
+
+    base_model: str
+    architecture: str
+    vocab_size: int
+    max_context: int
+    eos_token_ids: tuple[int, ...]
+    device: str
+    dtype: str
+    num_threads: int
+    torch_version: str
+
+
+@dataclass(frozen=True, slots=True)
+class RunPlan:
+    """Numbers that decide a run's bits; recorded in its checkpoints and reused on resume."""
+
+    max_tokens_per_pass: int
+    max_tokens: int
+    dtype: str
+    num_threads: int
+    torch_version: str
+
+
+@dataclass(frozen=True, slots=True)
+class RunReport:
+    """What adding a run made: the modules wrapped, the number of trained values, and its plan."""
+
+    modules: tuple[str, ...]
+    num_parameters: int
+    plan: RunPlan
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class Part:
+    """One run's share of a pass that several runs may join."""
+
+    run_id: str
+    input: TrainingInput
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class PartResult:
+    """logprobs: per datum, [N] or [N, K] as its targets; `error` where the part alone failed, and then its gradient
+    must be discarded."""
+
+    logprobs: list[FloatArray]
+    metrics: Metrics
+    error: MintError | None = None
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class AdapterState:
+    """Everything a run must restore: tensors by PEFT name (float32), Adam moments by the same names, steps taken."""
+
+    tensors: dict[str, FloatArray]
+    exp_avg: dict[str, FloatArray] = field(default_factory=dict)
+    exp_avg_sq: dict[str, FloatArray] = field(default_factory=dict)
+    step: int = 0
+
+
+StopCheck = Callable[[int], bool]  # fed every generated token in order; True: a stop string is complete
+
+
+@dataclass(slots=True, repr=False)
+class SequenceRequest:
+    """One sequence to generate. `adapter`: a snapshot's handle or None for the base model. Stream (seed, index) of
+    random numbers is the sequence's own. `max_new`: at least 1."""
+
+    prompt: tuple[int, ...]
+    adapter: int | None
+    max_new: int
+    temperature: float
+    top_k: int
+    top_p: float
+    seed: int
+    index: int
+    stop_tokens: frozenset[int]
+    stop_check: StopCheck | None = None
+    num_topk: int = 0
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class PromptScores:
+    """logprobs[i] and topk[i] score prompt[i] given what stands before it; entry 0 is None."""
+
+    logprobs: list[float | None]
+    topk: TopkLogprobs | None
+
+
+class Backend(Protocol):
+    """One base model and the runs, snapshots and sequences that live on it."""
+
+    @property
+    def limits(self) -> BackendLimits: ...
+
+    def add_run(self, run_id: str, lora: LoraConfig, seed: int, plan: RunPlan | None = None) -> RunReport:
+        """A new adapter from `seed`; `plan` as recorded by a checkpoint, or chosen now."""
+
+    def remove_run(self, run_id: str) -> None: ...
+
+    def check_training_input(self, run_id: str, training_input: TrainingInput) -> None:
+        """Raise InputError on token ids or lengths that the model or the memory cannot take."""
+
+    def forward(self, parts: Sequence[Part]) -> Generator[None, None, list[PartResult]]:
+        """Logprobs and loss; no gradient is touched."""
+
+    def forward_backward(self, parts: Sequence[Part]) -> Generator[None, None, list[PartResult]]:
+        """The same, and each run's gradient added to what it has accumulated."""
+
+    def forward_backward_custom(self, part: Part, loss: CustomLoss) -> Generator[None, None, PartResult]:
+        """As forward_backward with a loss that reads all logprobs at once."""
+
+    def discard_gradient(self, run_id: str) -> None: ...
+
+    def optim_step(self, run_id: str, params: AdamParams) -> Metrics:
+        """One AdamW update from the accumulated gradient, which is cleared. Raises NumericsError, changing nothing."""
+
+    def export_state(self, run_id: str) -> AdapterState: ...
+
+    def import_state(self, run_id: str, state: AdapterState, *, optimizer: bool) -> None:
+        """Replace weights, and moments with `optimizer` (else they start anew); the gradient is cleared."""
+
+    def snapshot(self, run_id: str) -> int:
+        """A frozen copy of the run's adapter for sampling; training goes on while it is used."""
+
+    def add_snapshot(self, lora: LoraConfig, state: AdapterState) -> int:
+        """The same from saved weights."""
+
+    def drop_snapshot(self, handle: int) -> None: ...
+
+    def score_prompt(
+        self, prompt: tuple[int, ...], adapter: int | None, num_topk: int
+    ) -> Generator[None, None, PromptScores]: ...
+
+    def add_sequence(self, request: SequenceRequest) -> int:
+        """Put a sequence into the running batch; returns its number."""
+
+    def step(self) -> list[tuple[int, SampledSequence]]:
+        """One prefill chunk or one token for every sequence in flight; returns those that ended."""
+
+    def cancel(self, sequence: int) -> None: ...
+
+    @property
+    def num_sequences(self) -> int:
+        """Sequences in flight."""
+
+    def close(self) -> None:
+        """Free the model, the runs and the buffers."""

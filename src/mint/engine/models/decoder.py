@@ -1,0 +1,272 @@
+"""One dense decoder (Llama, Mistral, Qwen2, Qwen3), forward and hand-written backward through a packed row of tokens.
+
+The base is frozen: no gradient of its weights exists, none is computed below the first adapted layer. Backward keeps
+what `LayerActivations` lists and recomputes norms, SwiGLU and attention probabilities. The trainer and the sampler run
+the same layer; they differ in the `attention` they pass in. Both passes are generators that yield between layers, so
+that the engine can share time. Shape letters: T tokens of the row, D hidden, F MLP width, O width of q, k, v together,
+H heads x head_dim, N heads (q, then k, then v), E head_dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mint.engine.lora import DOWN, GATE_UP, QKV, O, Segment, lora_backward, lora_forward
+from mint.engine.models.attention import attend, attend_backward
+from mint.engine.models.config import DecoderConfig
+from mint.engine.models.ops import (
+    RopeTable,
+    rms_norm,
+    rms_norm_backward,
+    rope_table,
+    rotate,
+    rotate_backward,
+    swiglu_backward,
+)
+from mint.engine.models.weights import DecoderWeights, LayerWeights
+from mint.engine.workspace import Workspace
+
+# (layer, rotated q k v [N, T, E], out [T, H]): writes the attention of every token of the row
+Attention = Callable[[int, Tensor, Tensor], None]
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class PackedRow:
+    """Sequences laid end to end. positions_T count from each sequence's start; sequences are [start, end) rows;
+    segments are the rows of each run, in order."""
+
+    tokens_T: Tensor
+    positions_T: Tensor
+    sequences: list[tuple[int, int]]
+    segments: list[Segment]
+
+    def adapts(self, layer: int, *sites: str) -> bool:
+        return any(segment.at((layer, site)) is not None for segment in self.segments for site in sites)
+
+
+@dataclass(slots=True, repr=False)
+class LayerActivations:
+    """What a layer's backward needs. `raw_TO` only where q and k are normalised per head."""
+
+    x_TD: Tensor
+    qkv_NTE: Tensor
+    attn_TH: Tensor
+    mid_TD: Tensor
+    gate_up: Tensor
+    raw_TO: Tensor | None
+    x_rstd: Tensor | None = None
+    mid_rstd: Tensor | None = None
+    qk_rstd: tuple[Tensor, Tensor] | None = None
+
+
+def activation_width(config: DecoderConfig) -> int:
+    """Values kept for backward per token and layer."""
+    raw = config.qkv_size if config.qk_norm else 0
+    return 2 * config.hidden_size + config.qkv_size + raw + config.q_size + 2 * config.intermediate_size
+
+
+def _linear(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None = None) -> Tensor:
+    """out = x W^T (+ bias) (+ residual), the sum rounded once where the kernel can."""
+    if residual is not None:
+        torch.addmm(residual, x, weight.t(), out=out)
+        return out if bias is None else out.add_(bias)
+    return torch.mm(x, weight.t(), out=out) if bias is None else torch.addmm(bias, x, weight.t(), out=out)
+
+
+class Decoder:
+    """A frozen base model in one dtype on one device, with its scratch memory."""
+
+    def __init__(self, config: DecoderConfig, weights: DecoderWeights, workspace: Workspace) -> None:
+        self.config = config
+        self.weights = weights
+        self.ws = workspace
+        self.dtype = weights.embed_VD.dtype
+        self.device = weights.embed_VD.device
+
+    def _buffer(self, name: str, *shape: int) -> Tensor:
+        return self.ws.get(name, shape, self.dtype)
+
+    def _activations(self, num_tokens: int, slot: str) -> LayerActivations:
+        c = self.config
+        heads = c.num_heads + 2 * c.num_kv_heads
+        return LayerActivations(
+            x_TD=self._buffer(f"x.{slot}", num_tokens, c.hidden_size),
+            qkv_NTE=self._buffer(f"qkv.{slot}", heads, num_tokens, c.head_dim),
+            attn_TH=self._buffer(f"attn.{slot}", num_tokens, c.q_size),
+            mid_TD=self._buffer(f"mid.{slot}", num_tokens, c.hidden_size),
+            gate_up=self._buffer(f"gate_up.{slot}", num_tokens, 2 * c.intermediate_size),
+            raw_TO=self._buffer(f"raw.{slot}", num_tokens, c.qkv_size) if c.qk_norm else None,
+        )
+
+    def forward(
+        self, row: PackedRow, attention: Attention | None = None, *, keep: bool
+    ) -> Generator[None, None, tuple[Tensor, list[LayerActivations]]]:
+        """The residual stream after the last layer [T, D] and, with `keep`, every layer's activations.
+
+        `attention` defaults to causal attention within each sequence of the row.
+        """
+        num_tokens, layers = len(row.tokens_T), self.config.num_layers
+        rope = rope_table(self.config.rope, row.positions_T, self.dtype)
+        attention = attention or self._packed_attention(row)
+        kept = [self._activations(num_tokens, str(i)) for i in range(layers)] if keep else []
+        # without backward two slots take turns: a layer reads one and writes its output to the other
+        slots = kept or [self._activations(num_tokens, "even"), self._activations(num_tokens, "odd")]
+        torch.index_select(self.weights.embed_VD, 0, row.tokens_T, out=slots[0].x_TD)
+        final_TD = self._buffer("x.final", num_tokens, self.config.hidden_size)
+        for index in range(layers):
+            out = final_TD if index == layers - 1 else slots[(index + 1) % len(slots)].x_TD
+            self._forward_layer(index, slots[index % len(slots)], out, row, rope, attention)
+            yield
+        return final_TD, kept
+
+    def _forward_layer(
+        self,
+        index: int,
+        act: LayerActivations,
+        out_TD: Tensor,
+        row: PackedRow,
+        rope: RopeTable,
+        attention: Attention,
+    ) -> None:
+        c, w, num_tokens = self.config, self.weights.layers[index], len(out_TD)
+        normed_TD = self._buffer("normed", num_tokens, c.hidden_size)
+        act.x_rstd = rms_norm(act.x_TD, w.input_norm_D, c.rms_norm_eps, normed_TD)
+        raw_TO = act.raw_TO if act.raw_TO is not None else self._buffer("raw", num_tokens, c.qkv_size)
+        _linear(raw_TO, normed_TD, w.qkv_OD, w.qkv_bias_O)
+        lora_forward(normed_TD, raw_TO, row.segments, (index, QKV))
+        self._rotate_heads(raw_TO, act, w, rope)
+        attention(index, act.qkv_NTE, act.attn_TH)
+        _linear(act.mid_TD, act.attn_TH, w.o_DH, w.o_bias_D, residual=act.x_TD)
+        lora_forward(act.attn_TH, act.mid_TD, row.segments, (index, O))
+        act.mid_rstd = rms_norm(act.mid_TD, w.mlp_norm_D, c.rms_norm_eps, normed_TD)
+        _linear(act.gate_up, normed_TD, w.gate_up, w.gate_up_bias)
+        lora_forward(normed_TD, act.gate_up, row.segments, (index, GATE_UP))
+        hidden_TF = self._silu_gate("mlp", act.gate_up).mul_(act.gate_up.chunk(2, dim=-1)[1])
+        _linear(out_TD, hidden_TF, w.down_DF, w.down_bias_D, residual=act.mid_TD)
+        lora_forward(hidden_TF, out_TD, row.segments, (index, DOWN))
+
+    def _silu_gate(self, name: str, gate_up: Tensor) -> Tensor:
+        gate = gate_up.chunk(2, dim=-1)[0]
+        return torch.ops.aten.silu.out(gate, out=self._buffer(name, *gate.shape))
+
+    def _rotate_heads(self, raw_TO: Tensor, act: LayerActivations, w: LayerWeights, rope: RopeTable) -> None:
+        """Split the projection into heads, normalise q and k where the model does, rotate q and k."""
+        c = self.config
+        rotated = c.num_heads + c.num_kv_heads
+        raw_TNE = raw_TO.view(len(raw_TO), -1, c.head_dim)
+        source_TNE = raw_TNE
+        if w.q_norm is not None and w.k_norm is not None:
+            source_TNE = self._buffer("qk_normed", len(raw_TO), rotated, c.head_dim)
+            parts = [(0, c.num_heads, w.q_norm), (c.num_heads, rotated, w.k_norm)]
+            q_rstd, k_rstd = (
+                rms_norm(raw_TNE[:, a:b], norm, c.rms_norm_eps, source_TNE[:, a:b]) for a, b, norm in parts
+            )
+            act.qk_rstd = (q_rstd, k_rstd)
+        rotate(source_TNE[:, :rotated].transpose(0, 1), rope, act.qkv_NTE[:rotated])
+        act.qkv_NTE[rotated:].copy_(raw_TNE[:, rotated:].transpose(0, 1))
+
+    def split_heads(self, qkv_NTE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Views q [K, G, T, E], k and v [K, T, E]; G query heads share a key/value head."""
+        c = self.config
+        q, k, v = qkv_NTE.split([c.num_heads, c.num_kv_heads, c.num_kv_heads])
+        return q.view(c.num_kv_heads, c.num_heads // c.num_kv_heads, *q.shape[1:]), k, v
+
+    def grouped(self, flat_TH: Tensor) -> Tensor:
+        """[T, H] seen as [T, K, G, E]."""
+        c = self.config
+        return flat_TH.view(len(flat_TH), c.num_kv_heads, c.num_heads // c.num_kv_heads, c.head_dim)
+
+    def _packed_attention(self, row: PackedRow) -> Attention:
+        def attention(index: int, qkv_NTE: Tensor, out_TH: Tensor) -> None:
+            q, k, v = self.split_heads(qkv_NTE)
+            out = self.grouped(out_TH)
+            for start, end in row.sequences:
+                attend(self.ws, q[:, :, start:end], k[:, start:end], v[:, start:end], out[start:end])
+
+        return attention
+
+    def backward(
+        self, row: PackedRow, grad_TD: Tensor, kept: list[LayerActivations]
+    ) -> Generator[None, None, None]:
+        """Adapter gradients of every layer. grad_TD: float32 gradient by the last layer's output, overwritten."""
+        rope = rope_table(self.config.rope, row.positions_T, self.dtype)
+        for index in range(self.config.num_layers - 1, -1, -1):
+            more = index > 0 or row.adapts(0, QKV, O)
+            if more or row.adapts(0, GATE_UP, DOWN):
+                self._backward_mlp(index, kept[index], grad_TD, row, needs_input_grad=more)
+            if more:
+                self._backward_attention(index, kept[index], grad_TD, row, rope)
+            yield
+
+    def _backward_mlp(
+        self, index: int, act: LayerActivations, grad_TD: Tensor, row: PackedRow, *, needs_input_grad: bool
+    ) -> None:
+        c, w = self.config, self.weights.layers[index]
+        num_tokens = len(grad_TD)
+        grad_out = self._buffer("grad_out", num_tokens, c.hidden_size).copy_(grad_TD)
+        silu_TF = self._silu_gate("silu", act.gate_up)
+        hidden_TF = self._buffer("mlp", num_tokens, c.intermediate_size)
+        torch.mul(silu_TF, act.gate_up.chunk(2, dim=-1)[1], out=hidden_TF)
+        grad_hidden_TF = self._buffer("grad_mlp", num_tokens, c.intermediate_size)
+        torch.mm(grad_out, w.down_DF, out=grad_hidden_TF)
+        lora_backward(grad_out, hidden_TF, grad_hidden_TF, row.segments, (index, DOWN))
+        grad_gate_up = self._buffer("grad_gate_up", num_tokens, 2 * c.intermediate_size)
+        swiglu_backward(grad_hidden_TF, act.gate_up, silu_TF, grad_gate_up)
+        assert act.mid_rstd is not None
+        normed_TD = self._buffer("normed", num_tokens, c.hidden_size)
+        torch.mul(act.mid_TD * act.mid_rstd, w.mlp_norm_D, out=normed_TD)
+        if not needs_input_grad:
+            lora_backward(grad_gate_up, normed_TD, None, row.segments, (index, GATE_UP))
+            return
+        grad_normed_TD = self._buffer("grad_normed", num_tokens, c.hidden_size)
+        torch.mm(grad_gate_up, w.gate_up, out=grad_normed_TD)
+        lora_backward(grad_gate_up, normed_TD, grad_normed_TD, row.segments, (index, GATE_UP))
+        grad_TD.add_(rms_norm_backward(grad_normed_TD, act.mid_TD, w.mlp_norm_D, act.mid_rstd))
+
+    def _backward_attention(
+        self, index: int, act: LayerActivations, grad_TD: Tensor, row: PackedRow, rope: RopeTable
+    ) -> None:
+        c, w = self.config, self.weights.layers[index]
+        num_tokens = len(grad_TD)
+        grad_out = self._buffer("grad_out", num_tokens, c.hidden_size).copy_(grad_TD)
+        grad_attn_TH = self._buffer("grad_attn", num_tokens, c.q_size)
+        torch.mm(grad_out, w.o_DH, out=grad_attn_TH)
+        lora_backward(grad_out, act.attn_TH, grad_attn_TH, row.segments, (index, O))
+        grad_qkv_NTE = self._buffer("grad_qkv", *act.qkv_NTE.shape)
+        qkv, grads, grad_attn = self.split_heads(act.qkv_NTE), self.split_heads(grad_qkv_NTE), self.grouped(grad_attn_TH)
+        for start, end in row.sequences:
+            q, k, v = (t[..., start:end, :] for t in qkv)
+            grad_q, grad_k, grad_v = (t[..., start:end, :] for t in grads)
+            attend_backward(self.ws, grad_attn[start:end], (q, k, v), (grad_q, grad_k, grad_v))
+        grad_raw_TO = self._rotate_heads_backward(grad_qkv_NTE, act, w, rope)
+        assert act.x_rstd is not None
+        normed_TD = self._buffer("normed", num_tokens, c.hidden_size)
+        torch.mul(act.x_TD * act.x_rstd, w.input_norm_D, out=normed_TD)
+        if index == 0:  # nothing below is trained
+            lora_backward(grad_raw_TO, normed_TD, None, row.segments, (index, QKV))
+            return
+        grad_normed_TD = self._buffer("grad_normed", num_tokens, c.hidden_size)
+        torch.mm(grad_raw_TO, w.qkv_OD, out=grad_normed_TD)
+        lora_backward(grad_raw_TO, normed_TD, grad_normed_TD, row.segments, (index, QKV))
+        grad_TD.add_(rms_norm_backward(grad_normed_TD, act.x_TD, w.input_norm_D, act.x_rstd))
+
+    def _rotate_heads_backward(
+        self, grad_qkv_NTE: Tensor, act: LayerActivations, w: LayerWeights, rope: RopeTable
+    ) -> Tensor:
+        c = self.config
+        rotated, num_tokens = c.num_heads + c.num_kv_heads, grad_qkv_NTE.shape[1]
+        grad_raw_TO = self._buffer("grad_raw", num_tokens, c.qkv_size)
+        grad_TNE = grad_raw_TO.view(num_tokens, -1, c.head_dim)
+        rotate_backward(grad_qkv_NTE[:rotated], rope, grad_TNE[:, :rotated].transpose(0, 1))
+        grad_TNE[:, rotated:].copy_(grad_qkv_NTE[rotated:].transpose(0, 1))
+        if w.q_norm is not None and w.k_norm is not None:
+            assert act.raw_TO is not None and act.qk_rstd is not None
+            raw_TNE = act.raw_TO.view(num_tokens, -1, c.head_dim)
+            parts = [(0, c.num_heads, w.q_norm), (c.num_heads, rotated, w.k_norm)]
+            for (a, b, norm), rstd in zip(parts, act.qk_rstd, strict=True):
+                grad_TNE[:, a:b] = rms_norm_backward(grad_TNE[:, a:b], raw_TNE[:, a:b], norm, rstd)
+        return grad_raw_TO

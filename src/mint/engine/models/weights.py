@@ -1,0 +1,143 @@
+"""Reading a dense decoder's weights from safetensors. Projections that share an input are stored as one matrix.
+
+Weight shapes are [out, in]. D hidden size, F MLP width, O width of q, k and v together, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from mint.engine.models.config import DecoderConfig, decoder_config
+from mint.errors import InputError, ModelNotFoundError, UnsupportedError
+
+
+@dataclass(slots=True, repr=False)
+class LayerWeights:
+    input_norm_D: Tensor
+    qkv_OD: Tensor
+    qkv_bias_O: Tensor | None
+    q_norm: Tensor | None  # [head_dim]
+    k_norm: Tensor | None
+    o_DH: Tensor  # [D, heads x head_dim]
+    o_bias_D: Tensor | None
+    mlp_norm_D: Tensor
+    gate_up: Tensor  # [2 F, D]
+    gate_up_bias: Tensor | None
+    down_DF: Tensor
+    down_bias_D: Tensor | None
+
+
+@dataclass(slots=True, repr=False)
+class DecoderWeights:
+    """`unembed_VD` is the embedding itself where the model ties them."""
+
+    embed_VD: Tensor
+    layers: list[LayerWeights]
+    final_norm_D: Tensor
+    unembed_VD: Tensor
+
+    def num_bytes(self) -> int:
+        tensors = {self.embed_VD, self.final_norm_D, self.unembed_VD}
+        for layer in self.layers:
+            tensors.update(t for name in LayerWeights.__slots__ if (t := getattr(layer, name)) is not None)
+        return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object, `{}` where the file is absent. Raises InputError naming the file on anything else."""
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path.name} of the model is not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{path.name} of the model does not hold a JSON object")
+    return value
+
+
+def read_config(folder: Path) -> DecoderConfig:
+    if not (folder / "config.json").is_file():
+        raise ModelNotFoundError(f"{folder} holds no config.json; give a Hugging Face model folder")
+    return decoder_config(read_json(folder / "config.json"), read_json(folder / "generation_config.json"))
+
+
+class _Checkpoint:
+    """The tensors of one model folder, single file or sharded, opened lazily; remembers what was asked for."""
+
+    def __init__(self, folder: Path, dtype: torch.dtype, device: torch.device) -> None:
+        index = read_json(folder / "model.safetensors.index.json").get("weight_map")
+        files: Iterable[str] = sorted(set(index.values())) if index else ["model.safetensors"]
+        self._dtype, self._device = dtype, device
+        self._file_of: dict[str, Any] = {}
+        for name in files:
+            path = folder / name
+            if Path(name).name != name or not path.is_file():
+                raise ModelNotFoundError(f"{folder} lacks the weight file {name!r}; MinT reads safetensors only")
+            handle = safe_open(path, framework="pt")
+            self._file_of.update(dict.fromkeys(handle.keys(), handle))
+        self.unread = set(self._file_of)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._file_of
+
+    def read(self, name: str, *shape: int) -> Tensor:
+        if name not in self._file_of:
+            raise InputError(f"the model's weight files hold no tensor {name!r}")
+        tensor: Tensor = self._file_of[name].get_tensor(name)
+        if tuple(tensor.shape) != shape:
+            raise InputError(f"tensor {name!r} has shape {list(tensor.shape)}, config.json says {list(shape)}")
+        self.unread.discard(name)
+        return tensor.to(self._device, self._dtype, copy=True)
+
+    def read_if(self, wanted: bool, name: str, *shape: int) -> Tensor | None:
+        return self.read(name, *shape) if wanted else None
+
+
+def load_weights(folder: Path, config: DecoderConfig, dtype: torch.dtype, device: torch.device) -> DecoderWeights:
+    """All weights in `dtype`. Every tensor of the files must be used, so that nothing of a model is silently left out."""
+    ckpt = _Checkpoint(folder, dtype, device)
+    embed = ckpt.read("model.embed_tokens.weight", config.vocab_size, config.hidden_size)
+    layers = [_load_layer(ckpt, config, f"model.layers.{i}") for i in range(config.num_layers)]
+    final_norm = ckpt.read("model.norm.weight", config.hidden_size)
+    if config.tied:
+        unembed = embed
+        ckpt.unread.discard("lm_head.weight")  # some files repeat the tied matrix
+    else:
+        unembed = ckpt.read("lm_head.weight", config.vocab_size, config.hidden_size)
+    left = sorted(name for name in ckpt.unread if not name.endswith("rotary_emb.inv_freq"))
+    if left:
+        raise UnsupportedError(
+            f"the model has {len(left)} tensors that a {config.model_type} decoder does not use, e.g. {', '.join(left[:3])}"
+        )
+    return DecoderWeights(embed, layers, final_norm, unembed)
+
+
+def _load_layer(ckpt: _Checkpoint, config: DecoderConfig, prefix: str) -> LayerWeights:
+    hidden, width = config.hidden_size, config.intermediate_size
+    attn, mlp = f"{prefix}.self_attn", f"{prefix}.mlp"
+    sizes = {"q": config.q_size, "k": config.kv_size, "v": config.kv_size}
+    qkv_bias = [ckpt.read(f"{attn}.{n}_proj.bias", size) for n, size in sizes.items()] if config.qkv_bias else None
+    gate_up_bias = [ckpt.read(f"{mlp}.{n}_proj.bias", width) for n in ("gate", "up")] if config.mlp_bias else None
+    return LayerWeights(
+        input_norm_D=ckpt.read(f"{prefix}.input_layernorm.weight", hidden),
+        qkv_OD=torch.cat([ckpt.read(f"{attn}.{n}_proj.weight", size, hidden) for n, size in sizes.items()]),
+        qkv_bias_O=torch.cat(qkv_bias) if qkv_bias else None,
+        q_norm=ckpt.read_if(config.qk_norm, f"{attn}.q_norm.weight", config.head_dim),
+        k_norm=ckpt.read_if(config.qk_norm, f"{attn}.k_norm.weight", config.head_dim),
+        o_DH=ckpt.read(f"{attn}.o_proj.weight", hidden, config.q_size),
+        o_bias_D=ckpt.read_if(config.o_bias, f"{attn}.o_proj.bias", hidden),
+        mlp_norm_D=ckpt.read(f"{prefix}.post_attention_layernorm.weight", hidden),
+        gate_up=torch.cat([ckpt.read(f"{mlp}.{n}_proj.weight", width, hidden) for n in ("gate", "up")]),
+        gate_up_bias=torch.cat(gate_up_bias) if gate_up_bias else None,
+        down_DF=ckpt.read(f"{mlp}.down_proj.weight", hidden, width),
+        down_bias_D=ckpt.read_if(config.mlp_bias, f"{mlp}.down_proj.bias", hidden),
+    )

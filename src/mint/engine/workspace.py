@@ -1,0 +1,35 @@
+"""Buffers that are allocated once and reused by every pass: fresh tensors in the hot loop cost more than kernels.
+
+Freed blocks of this size go back to the system and are faulted in again; see docs/architecture.md, section 3.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+class Workspace:
+    """Named scratch tensors. A name's storage grows to the largest size asked for; contents are whatever was left."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._storage: dict[tuple[str, torch.dtype], Tensor] = {}
+
+    def get(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """An uninitialised contiguous tensor; asking again for the same name hands out the same memory."""
+        size = math.prod(shape)
+        flat = self._storage.get((name, dtype))
+        if flat is None or flat.numel() < size:
+            self._storage.pop((name, dtype), None)  # free before allocating the larger one
+            flat = torch.empty(size, dtype=dtype, device=self._device)
+            self._storage[name, dtype] = flat
+        return flat[:size].view(shape)
+
+    def num_bytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in self._storage.values())
+
+    def clear(self) -> None:
+        self._storage.clear()
