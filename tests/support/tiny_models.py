@@ -213,6 +213,80 @@ def _training_text(vocab_size: int) -> list[str]:
     return [*CORPUS, " ".join(words)]
 
 
+def write_tiny_gguf(path: Path, model: Path, *, quantised: bool = False) -> Path:
+    """Write the smollm-family model in folder `model` as a GGUF file, laid out as llama.cpp's converter does it.
+
+    quantised: matrices in Q4_1 and the embedding in Q8_0, as in the packaged model; else everything float32.
+    """
+    import gguf
+    from safetensors.numpy import load_file
+
+    config = json.loads((model / "config.json").read_text())
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(config["num_attention_heads"])
+    writer.add_head_count_kv(config["num_key_value_heads"])
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer.add_rope_freq_base(config["rope_parameters"]["rope_theta"])
+    writer.add_vocab_size(config["vocab_size"])
+    _add_gguf_tokenizer(writer, model)
+    heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
+    for name, weight in load_file(model / "model.safetensors").items():
+        part = name.split(".")[-2]
+        if part in heads:  # llama.cpp interleaves the two rotary halves of each head
+            weight = weight.reshape(heads[part], 2, -1, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
+        kind = gguf.GGMLQuantizationType.F32
+        if quantised and weight.ndim == 2:
+            kind = gguf.GGMLQuantizationType.Q8_0 if part == "embed_tokens" else gguf.GGMLQuantizationType.Q4_1
+        writer.add_tensor(_gguf_name(name), gguf.quants.quantize(weight, kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def _add_gguf_tokenizer(writer: Any, model: Path) -> None:
+    tokenizer = json.loads((model / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    special = {token["content"] for token in tokenizer["added_tokens"]}
+    tokens = sorted(vocabulary, key=vocabulary.__getitem__)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")
+    writer.add_token_list(tokens)
+    writer.add_token_types([3 if token in special else 1 for token in tokens])
+    writer.add_token_merges([" ".join(pair) for pair in tokenizer["model"]["merges"]])
+    writer.add_unk_token_id(0)
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_pad_token_id(2)
+    writer.add_chat_template((model / "chat_template.jinja").read_text())
+
+
+def _gguf_name(name: str) -> str:
+    renamed = {
+        "model.embed_tokens": "token_embd",
+        "model.norm": "output_norm",
+        "lm_head": "output",
+        "model.layers": "blk",
+        "self_attn.q_proj": "attn_q",
+        "self_attn.k_proj": "attn_k",
+        "self_attn.v_proj": "attn_v",
+        "self_attn.o_proj": "attn_output",
+        "input_layernorm": "attn_norm",
+        "post_attention_layernorm": "ffn_norm",
+        "mlp.gate_proj": "ffn_gate",
+        "mlp.up_proj": "ffn_up",
+        "mlp.down_proj": "ffn_down",
+    }
+    for theirs, short in renamed.items():
+        name = name.replace(theirs, short)
+    return name
+
+
 def write_tiny_dataset(folder: Path, name: str, *, rows: int = 64) -> Path:
     """Write the parquet files of a small stand-in for NO_ROBOTS (train and test) or TULU3 (train, in two shards).
 

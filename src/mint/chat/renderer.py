@@ -33,7 +33,7 @@ class Response:
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Renderer:
-    """Writes conversations as token ids in the form that one tokenizer's model was trained on. Made by `get_renderer`."""
+    """Writes conversations as token ids, in the form that a tokenizer's model was trained on; see `get_renderer`."""
 
     layout: Layout
     encoder: Encoder

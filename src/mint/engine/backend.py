@@ -91,22 +91,34 @@ class AdapterState:
 StopCheck = Callable[[int], bool]  # fed every generated token in order; True: a stop string is complete
 
 
-@dataclass(slots=True, repr=False)
-class SequenceRequest:
-    """One sequence to generate. `adapter`: a snapshot's handle or None for the base model. Stream (seed, index) of
-    random numbers is the sequence's own. `max_new`: at least 1."""
+@dataclass(frozen=True, slots=True, repr=False)
+class GenerateRequest:
+    """A prompt and the sequences to grow from it. `adapter`: a snapshot's handle, or None for the base model.
+
+    Sequence i owns the random stream (seed, i), so neither the batch nor its neighbours can change it.
+    max_new: at least 1. new_stop_check: makes one StopCheck per sequence.
+    """
 
     prompt: tuple[int, ...]
     adapter: int | None
+    num_samples: int
     max_new: int
     temperature: float
     top_k: int
     top_p: float
     seed: int
-    index: int
     stop_tokens: frozenset[int]
-    stop_check: StopCheck | None = None
+    new_stop_check: Callable[[], StopCheck] | None = None
     num_topk: int = 0
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class Generation:
+    """A finished request: its sequences in order; prompt tokens whose prefill was found in the prefix cache."""
+
+    request: int
+    sequences: list[SampledSequence]
+    cached_tokens: int
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -162,17 +174,17 @@ class Backend(Protocol):
         self, prompt: tuple[int, ...], adapter: int | None, num_topk: int
     ) -> Generator[None, None, PromptScores]: ...
 
-    def add_sequence(self, request: SequenceRequest) -> int:
-        """Put a sequence into the running batch; returns its number."""
+    def add_request(self, request: GenerateRequest) -> int:
+        """Put a request into the running batch; returns its number."""
 
-    def step(self) -> list[tuple[int, SampledSequence]]:
-        """One prefill chunk or one token for every sequence in flight; returns those that ended."""
+    def step(self) -> list[Generation]:
+        """One prefill chunk, or one token for every sequence in flight; returns the requests that ended."""
 
-    def cancel(self, sequence: int) -> None: ...
+    def cancel(self, request: int) -> None: ...
 
     @property
-    def num_sequences(self) -> int:
-        """Sequences in flight."""
+    def num_requests(self) -> int:
+        """Requests in flight."""
 
     def close(self) -> None:
         """Free the model, the runs and the buffers."""

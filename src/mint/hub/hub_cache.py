@@ -210,7 +210,7 @@ def _no_hub_message(error: Exception, name: str, status: int | None) -> str:
         f"{name} is not (completely) in the Hugging Face cache {constants.HF_HUB_CACHE}, and {reason}. Either: check "
         "the network and proxy settings; or set HF_ENDPOINT to a mirror you can reach; or give a local folder that "
         "holds config.json, *.safetensors and the tokenizer; or use the packaged model 'SmolLM2-135M-Instruct', which "
-        "needs no hub. Files that arrived before an interruption are kept and not downloaded again"
+        "needs no hub. Files that arrived whole before an interruption are kept"
     )
 
 

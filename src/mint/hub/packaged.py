@@ -52,7 +52,7 @@ def _make(folder: Path, record: PackagedModel, settings: Settings) -> None:
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
         work = Path(temporary)
         gguf_file = model_file(record, settings.downloads_dir, work)
-        logger.info("converting %s for the first and only time (a few seconds)", record.name)
+        logger.info("converting %s (once; takes a few seconds)", record.name)
         started = time.monotonic()
         made = work / "model"
         made.mkdir()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -38,8 +39,8 @@ def resolve_model(name: str, *, settings: Settings | None = None) -> ModelSource
       are downloaded. HF_ENDPOINT, HF_HOME, HF_TOKEN, HF_HUB_OFFLINE and proxies work as everywhere.
 
     Raises ModelNotFoundError (no such model, or incomplete, or pickled weights only), ModelAccessError (gated or
-    private), HubUnreachableError (a download is needed and impossible; within seconds), MissingExtraError (packaged
-    model without `gguf` or pip), InputError (an unusable MINT_* variable).
+    private), HubUnreachableError (a download is needed and impossible; from the hub within seconds, from pip when it
+    gives up), MissingExtraError (packaged model without `gguf` or pip), InputError (an unusable MINT_* variable).
     """
     if not isinstance(name, str) or not name.strip() or "\0" in name:
         raise ModelNotFoundError(f"{name!r} is not the name of a base model; {_allowed()}")
@@ -57,8 +58,6 @@ def load_tokenizer(source: ModelSource | str) -> PreTrainedTokenizerBase:
 
     Raises what `resolve_model` does, and ModelNotFoundError if there is no tokenizer or it cannot be loaded.
     """
-    from transformers import AutoTokenizer
-
     if isinstance(source, str):
         source = resolve_model(source)
     if not has_tokenizer(source.path):
@@ -66,6 +65,8 @@ def load_tokenizer(source: ModelSource | str) -> PreTrainedTokenizerBase:
             f"{source.name!r} has no tokenizer in {source.path} (looked for {', '.join(TOKENIZERS)}); "
             "copy the tokenizer's files there, or choose a model that has them"
         )
+    from transformers import AutoTokenizer
+
     try:
         # False, not left out: left out, transformers asks on the terminal whether to run code that it finds
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
@@ -79,7 +80,7 @@ def load_tokenizer(source: ModelSource | str) -> PreTrainedTokenizerBase:
 
 
 def _folder_source(name: str) -> ModelSource:
-    folder = Path(name).expanduser()
+    folder = Path(os.path.expanduser(name))  # unlike Path's, leaves the ~ of an unknown user alone
     if not folder.exists() and not name.startswith((".", "/", "~")):
         raise ModelNotFoundError(f"there is no base model {name!r}: no folder of that name, and {_allowed()}")
     require_model_folder(folder, name)

@@ -3,7 +3,6 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-
 from tests.unit.chat.tiny_tokenizers import FAMILIES, tokenizer_of
 
 

@@ -12,7 +12,7 @@ TEMPLATES = Path(__file__).parents[2] / "fixtures" / "chat_templates"
 # the Qwen split: whitespace up to and including newlines is one piece, so byte pairs merge across line ends
 SPLIT = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 CORPUS = [
-    "system user assistant\n\nYou are a helpful assistant.\n\nCutting Knowledge Date: December 2023\nToday Date: 26 Jul\n\n",
+    "system user assistant\n\nYou are a helpful assistant.\n\nCutting Knowledge Date: December 2023\nToday Date:\n\n",
     "Hello there! How can I help you today?\n\n1. one\n2. two\n\n\n<think>\n\n</think>\n\n <|im_start|> <|im_end|>",
 ] * 4
 
@@ -32,7 +32,14 @@ class Family:
 
 _CHATML = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 _QWEN_ADDED = ("<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")
-_LLAMA = ("<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eom_id|>", "<|eot_id|>")
+_LLAMA = (
+    "<|begin_of_text|>",
+    "<|end_of_text|>",
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+    "<|eom_id|>",
+    "<|eot_id|>",
+)
 _QWEN = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
 _SMOL = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
 

@@ -130,7 +130,9 @@ def test_a_name_of_no_known_form_lists_the_forms(name: str, tmp_path: Path, monk
     assert "a packaged model (SmolLM2-135M-Instruct)" in text
 
 
-@pytest.mark.parametrize("name", ["../owner/model", "../../SmolLM2-135M-Instruct", "/SmolLM2-135M-Instruct"])
+@pytest.mark.parametrize(
+    "name", ["../owner/model", "../../SmolLM2-135M-Instruct", "/SmolLM2-135M-Instruct", "~nobody-of-that-name/model"]
+)
 def test_names_with_dots_and_slashes_stay_folders_and_never_reach_cache_or_package(name: str, tmp_path: Path) -> None:
     assert refusal(name).startswith("there is no folder")
 

@@ -1,0 +1,215 @@
+"""The Backend of `models/decoder.py`: one base model in memory, the runs trained on it, the sequences sampled from it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Generator, Sequence
+from pathlib import Path
+
+import torch
+
+from mint.engine.backend import (
+    AdapterState,
+    BackendLimits,
+    CustomLoss,
+    GenerateRequest,
+    Generation,
+    Metrics,
+    Part,
+    PartResult,
+    PromptScores,
+    RunPlan,
+    RunReport,
+)
+from mint.engine.device import choose_device, keep_freed_memory, memory_limit
+from mint.engine.lora import (
+    AdapterWeights,
+    Segment,
+    adapter_layout,
+    adapter_weights,
+    flat_from_named,
+    initial_parameters,
+    named_tensors,
+)
+from mint.engine.models.decoder import Decoder, PackedRow
+from mint.engine.models.head import Head, Targets, rows_per_chunk
+from mint.engine.models.weights import load_weights, read_config, read_json
+from mint.engine.optim import AdamState
+from mint.engine.plan import Plan, make_plan
+from mint.engine.sampling.sampler import Sampler, top_logprobs
+from mint.engine.training import Trainer, TrainingRun
+from mint.engine.workspace import Workspace
+from mint.settings import Settings
+from mint.types.params import AdamParams, LoraConfig
+from mint.types.requests import TrainingInput
+from mint.types.results import TopkLogprobs
+
+logger = logging.getLogger("mint")
+
+PREFIX_CACHE_SHARE = 1 / 64  # of the memory limit
+
+
+class DecoderBackend:
+    """See `Backend`. Every method runs under the inference mode of its caller's thread; no autograd graph exists."""
+
+    def __init__(self, folder: Path, name: str, settings: Settings) -> None:
+        """Load the model in `folder`. Raises UnsupportedError or InputError naming what cannot be run."""
+        self._settings = settings
+        self._device = choose_device(settings)
+        torch.set_num_threads(self._device.num_threads)
+        keep_freed_memory()
+        config = read_config(folder)
+        with torch.inference_mode():
+            weights = load_weights(folder, config, self._device.dtype, self._device.torch_device)
+            self._memory = memory_limit(self._device.torch_device)
+            self._trainer = Trainer(Decoder(config, weights, Workspace(self._device.torch_device)))
+            # a paused training pass keeps its buffers, so the sampler has its own
+            sampling = Decoder(config, weights, Workspace(self._device.torch_device))
+            self._adapters: dict[int, AdapterWeights] = {}
+            self._sampler = Sampler(sampling, Head(sampling), self._adapters, int(self._memory * PREFIX_CACHE_SHARE))
+        self._next_handle = 0
+        self._base_bytes = weights.num_bytes()
+        self._limits = BackendLimits(
+            base_model=name,
+            architecture=str((read_json(folder / "config.json").get("architectures") or [config.model_type])[0]),
+            vocab_size=config.vocab_size,
+            max_context=config.max_context,
+            eos_token_ids=config.eos_token_ids,
+            device=str(self._device.torch_device),
+            dtype=self._device.dtype_name,
+            num_threads=self._device.num_threads,
+            torch_version=torch.__version__,
+        )
+        logger.info(
+            "%s on %s: %s, %d threads, %.2f GiB of base weights",
+            name, self._limits.device, self._limits.dtype, self._limits.num_threads, self._base_bytes / 2**30,
+        )  # fmt: skip
+
+    @property
+    def limits(self) -> BackendLimits:
+        return self._limits
+
+    # runs
+
+    def add_run(self, run_id: str, lora: LoraConfig, seed: int, plan: RunPlan | None = None) -> RunReport:
+        decoder = self._trainer.decoder
+        layout = adapter_layout(decoder.config, lora)
+        if plan is None:
+            element_size = torch.empty(0, dtype=decoder.dtype).element_size()
+            free = self._memory - self._base_bytes
+            made = make_plan(decoder.config, element_size, free, self._settings.max_tokens_per_pass)
+        else:
+            made = Plan(plan.max_tokens_per_pass, plan.max_tokens)
+            self._warn_if_bits_differ(plan)
+        params_P = initial_parameters(layout, seed).to(self._device.torch_device)
+        self._trainer.runs[run_id] = TrainingRun(layout, params_P, made, decoder.dtype)
+        run_plan = RunPlan(
+            made.max_tokens_per_pass, made.max_tokens,
+            self._limits.dtype, self._limits.num_threads, self._limits.torch_version,
+        )  # fmt: skip
+        return RunReport(tuple(m.name for m in layout.modules), layout.size, run_plan)
+
+    def _warn_if_bits_differ(self, plan: RunPlan) -> None:
+        now = {"dtype": self._limits.dtype, "num_threads": self._limits.num_threads, "torch_version": self._limits.torch_version}
+        changed = [f"{key} {getattr(plan, key)} -> {value}" for key, value in now.items() if getattr(plan, key) != value]
+        if changed:
+            logger.warning("this run was trained with other settings (%s): it goes on, but not bit for bit", ", ".join(changed))
+
+    def remove_run(self, run_id: str) -> None:
+        del self._trainer.runs[run_id]
+
+    def check_training_input(self, run_id: str, training_input: TrainingInput) -> None:
+        self._trainer.check(run_id, training_input)
+
+    def forward(self, parts: Sequence[Part]) -> Generator[None, None, list[PartResult]]:
+        return self._trainer.run_pass(parts, backward=False)
+
+    def forward_backward(self, parts: Sequence[Part]) -> Generator[None, None, list[PartResult]]:
+        return self._trainer.run_pass(parts, backward=True)
+
+    def forward_backward_custom(self, part: Part, loss: CustomLoss) -> Generator[None, None, PartResult]:
+        return self._trainer.run_custom(part, loss)
+
+    def discard_gradient(self, run_id: str) -> None:
+        self._trainer.runs[run_id].clear_gradient()
+
+    def optim_step(self, run_id: str, params: AdamParams) -> Metrics:
+        return self._trainer.runs[run_id].optim_step(params)
+
+    def export_state(self, run_id: str) -> AdapterState:
+        run = self._trainer.runs[run_id]
+        tensors, exp_avg, exp_avg_sq = (
+            {name: tensor.numpy() for name, tensor in named_tensors(run.layout, flat_P).items()}
+            for flat_P in (run.params_P, run.adam.exp_avg_P, run.adam.exp_avg_sq_P)
+        )
+        return AdapterState(tensors, exp_avg, exp_avg_sq, run.adam.step)
+
+    def import_state(self, run_id: str, state: AdapterState, *, optimizer: bool) -> None:
+        run, device = self._trainer.runs[run_id], self._device.torch_device
+        params_P, exp_avg_P, exp_avg_sq_P = (
+            flat_from_named(run.layout, {k: torch.from_numpy(v) for k, v in tensors.items()}).to(device)
+            if tensors is state.tensors or optimizer
+            else torch.zeros(run.layout.size, device=device)
+            for tensors in (state.tensors, state.exp_avg, state.exp_avg_sq)
+        )
+        run.replace(params_P, AdamState(exp_avg_P, exp_avg_sq_P, state.step if optimizer else 0))
+
+    # sampling
+
+    def snapshot(self, run_id: str) -> int:
+        run = self._trainer.runs[run_id]
+        return self._keep(adapter_weights(run.layout, run.params_P, self._device.dtype))
+
+    def add_snapshot(self, lora: LoraConfig, state: AdapterState) -> int:
+        layout = adapter_layout(self._trainer.decoder.config, lora)
+        flat_P = flat_from_named(layout, {k: torch.from_numpy(v) for k, v in state.tensors.items()})
+        return self._keep(adapter_weights(layout, flat_P.to(self._device.torch_device), self._device.dtype))
+
+    def _keep(self, weights: AdapterWeights) -> int:
+        self._next_handle += 1
+        self._adapters[self._next_handle] = weights
+        return self._next_handle
+
+    def drop_snapshot(self, handle: int) -> None:
+        del self._adapters[handle]
+        self._sampler.forget_adapter(handle)
+
+    def score_prompt(
+        self, prompt: tuple[int, ...], adapter: int | None, num_topk: int
+    ) -> Generator[None, None, PromptScores]:
+        decoder, head = self._trainer.decoder, self._trainer.head
+        tokens_T = torch.tensor(prompt, device=decoder.device)
+        segment = Segment(0, len(prompt), self._adapters[adapter] if adapter is not None else None)
+        positions_T = torch.arange(len(prompt), device=decoder.device)
+        row = PackedRow(tokens_T, positions_T, [(0, len(prompt))], [segment])
+        final_TD, _ = yield from decoder.forward(row, keep=False)
+        normed_TD, _ = head.normalise(final_TD)
+        scored = torch.arange(len(prompt) - 1, device=decoder.device)
+        logprob_P = yield from head.score(normed_TD, Targets(scored, scored, tokens_T[1:]), segment)
+        topk: TopkLogprobs | None = None
+        if num_topk:
+            topk = [None]
+            step = rows_per_chunk(decoder.config.vocab_size)
+            for first in range(0, len(prompt) - 1, step):
+                rows = normed_TD[first : min(first + step, len(prompt) - 1)]
+                topk += top_logprobs(head.logits(rows, segment.at((-1, "unembed"))), num_topk)
+                yield
+        return PromptScores([None, *logprob_P.tolist()], topk)
+
+    def add_request(self, request: GenerateRequest) -> int:
+        return self._sampler.add(request)
+
+    def step(self) -> list[Generation]:
+        return self._sampler.step()
+
+    def cancel(self, request: int) -> None:
+        self._sampler.cancel(request)
+
+    @property
+    def num_requests(self) -> int:
+        return self._sampler.num_requests
+
+    def close(self) -> None:
+        self._adapters.clear()
+        self._trainer.runs.clear()
+        del self._trainer, self._sampler
