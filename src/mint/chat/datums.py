@@ -205,7 +205,7 @@ class _Builder:
     def fit(self, messages: tuple[Message, ...]) -> tuple[Example | None, bool]:
         """The last message as a trained turn within max_length, or None; and whether it had to be shortened."""
         limit, turn = self.rules.max_length, len(messages) - 1
-        example = self.build(messages, turn)
+        example = self.build(messages)
         if len(example.tokens) <= limit:
             return example, False
         match self.rules.on_overlong:
@@ -219,24 +219,24 @@ class _Builder:
                 return replace(example, tokens=example.tokens[:limit], weights=example.weights[:limit]), True
             case "truncate_left_turns":
                 for shorter in _without_oldest_turns(messages):
-                    example = self.build(shorter, turn)
+                    example = self.build(shorter)
                     if len(example.tokens) <= limit:
                         return example, True
         return None, True
 
-    def build(self, messages: tuple[Message, ...], turn: int) -> Example:
-        """The last message after the prompt of the others; `turn` is its place in the whole conversation."""
+    def build(self, messages: tuple[Message, ...]) -> Example:
+        """The last message after the prompt of the others."""
         *history, answer = messages
         if not history:
             raise data_error(
                 "no_prompt",
-                f"message {turn} is an assistant turn with nothing before it to answer; remove it, put a system or "
+                "message 0 is an assistant turn with nothing before it to answer; remove it, put a system or "
                 "user message before it, or use train_on='last_assistant'",
             )
         layout = self.renderer.layout
         prompt = self._encode(prompt_spans(layout, history))
         tokens, weights = list(prompt), [0.0] * len(prompt)
-        for part in answer_spans(layout, answer, f"message {turn}"):
+        for part in answer_spans(layout, answer, f"message {len(history)}"):
             ids = self._encode([part.span])
             tokens += ids
             weights += [float(part.trained)] * len(ids)

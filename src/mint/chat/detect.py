@@ -13,7 +13,7 @@ from typing import Any, Final
 from mint.chat.encoding import Tokenizer
 from mint.chat.layout import FAMILIES, FROZEN_DATE, Family, Layout, history_spans, prompt_spans, spans_text
 from mint.chat.messages import Message
-from mint.errors import UnsupportedError
+from mint.errors import InputError, UnsupportedError
 
 _SYSTEM, _USER, _OTHER_USER = Message("system", "S"), Message("user", " U\n"), Message("user", "V")
 _ANSWER, _THOUGHT = Message("assistant", "A "), Message("assistant", "<think>\nT\n</think>\n\nB")
@@ -36,7 +36,12 @@ _known: dict[tuple[str, str | None, str | None], Layout] = {}
 
 
 def template_of(tokenizer: Tokenizer) -> str:
-    """The source of the tokenizer's chat template. Raises UnsupportedError if it has none."""
+    """The source of the tokenizer's chat template. Raises UnsupportedError if it has none, InputError if it is none."""
+    if not hasattr(tokenizer, "apply_chat_template"):
+        raise InputError(
+            f"expected a transformers tokenizer, got {type(tokenizer).__name__}; "
+            "load one with AutoTokenizer.from_pretrained(...)"
+        )
     if not tokenizer.chat_template:
         raise UnsupportedError(
             f"{display_name(tokenizer)} has no chat template (is it a base model?); set tokenizer.chat_template to "

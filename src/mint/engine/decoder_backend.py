@@ -50,7 +50,7 @@ PREFIX_CACHE_SHARE = 1 / 64  # of the memory limit
 
 
 class DecoderBackend:
-    """See `Backend`. Every method runs under the inference mode of its caller's thread; no autograd graph exists."""
+    """See `Backend`. Everything runs under inference mode: no autograd graph exists but a caller's own loss."""
 
     def __init__(self, folder: Path, name: str, settings: Settings) -> None:
         """Load the model in `folder`. Raises UnsupportedError or InputError naming what cannot be run."""
@@ -91,6 +91,7 @@ class DecoderBackend:
 
     # runs
 
+    @torch.inference_mode()
     def add_run(self, run_id: str, lora: LoraConfig, seed: int, plan: RunPlan | None = None) -> RunReport:
         decoder = self._trainer.decoder
         layout = adapter_layout(decoder.config, lora)
@@ -121,18 +122,23 @@ class DecoderBackend:
     def check_training_input(self, run_id: str, training_input: TrainingInput) -> None:
         self._trainer.check(run_id, training_input)
 
+    @torch.inference_mode()
     def forward(self, parts: Sequence[Part]) -> Generator[None, None, list[PartResult]]:
-        return self._trainer.run_pass(parts, backward=False)
+        return (yield from self._trainer.run_pass(parts, backward=False))
 
+    @torch.inference_mode()
     def forward_backward(self, parts: Sequence[Part]) -> Generator[None, None, list[PartResult]]:
-        return self._trainer.run_pass(parts, backward=True)
+        return (yield from self._trainer.run_pass(parts, backward=True))
 
+    @torch.inference_mode()
     def forward_backward_custom(self, part: Part, loss: CustomLoss) -> Generator[None, None, PartResult]:
-        return self._trainer.run_custom(part, loss)
+        return (yield from self._trainer.run_custom(part, loss))
 
+    @torch.inference_mode()
     def discard_gradient(self, run_id: str) -> None:
         self._trainer.runs[run_id].clear_gradient()
 
+    @torch.inference_mode()
     def optim_step(self, run_id: str, params: AdamParams) -> Metrics:
         return self._trainer.runs[run_id].optim_step(params)
 
@@ -144,6 +150,7 @@ class DecoderBackend:
         )
         return AdapterState(tensors, exp_avg, exp_avg_sq, run.adam.step)
 
+    @torch.inference_mode()
     def import_state(self, run_id: str, state: AdapterState, *, optimizer: bool) -> None:
         run, device = self._trainer.runs[run_id], self._device.torch_device
         params_P, exp_avg_P, exp_avg_sq_P = (
@@ -156,10 +163,12 @@ class DecoderBackend:
 
     # sampling
 
+    @torch.inference_mode()
     def snapshot(self, run_id: str) -> int:
         run = self._trainer.runs[run_id]
         return self._keep(adapter_weights(run.layout, run.params_P, self._device.dtype))
 
+    @torch.inference_mode()
     def add_snapshot(self, lora: LoraConfig, state: AdapterState) -> int:
         layout = adapter_layout(self._trainer.decoder.config, lora)
         flat_P = flat_from_named(layout, {k: torch.from_numpy(v) for k, v in state.tensors.items()})
@@ -174,6 +183,7 @@ class DecoderBackend:
         del self._adapters[handle]
         self._sampler.forget_adapter(handle)
 
+    @torch.inference_mode()
     def score_prompt(
         self, prompt: tuple[int, ...], adapter: int | None, num_topk: int
     ) -> Generator[None, None, PromptScores]:
@@ -199,6 +209,7 @@ class DecoderBackend:
     def add_request(self, request: GenerateRequest) -> int:
         return self._sampler.add(request)
 
+    @torch.inference_mode()
     def step(self) -> list[Generation]:
         return self._sampler.step()
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.unit.chat.conversations import HELLO, all_tokens, chat, template_ids, trained_texts
-from tests.unit.chat.tiny_tokenizers import FAMILIES, tokenizer_of
+from tests.unit.chat.tiny_tokenizers import FAMILIES, make_tokenizer, tokenizer_of
 
 from mint.chat import conversation_to_datums, convert_conversations, get_renderer
 
@@ -65,6 +65,14 @@ def test_added_tokens_that_are_neither_special_nor_written_by_the_template_stay_
     assert get_renderer(tokenizer).build_prompt(messages) == template_ids(
         tokenizer, messages, add_generation_prompt=True
     )
+
+
+def test_the_longest_control_token_wins_in_the_template_as_it_does_in_the_tokenizer() -> None:
+    tokenizer = make_tokenizer("smollm2")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>user"]})
+    prompt = get_renderer(tokenizer).build_prompt(HELLO[:1])
+    assert prompt == template_ids(tokenizer, HELLO[:1], add_generation_prompt=True)
+    assert tokenizer.convert_tokens_to_ids("<|im_start|>user") in prompt
 
 
 fragments = st.lists(

@@ -161,6 +161,14 @@ def test_thought_is_trained_with_thinking_and_control_tokens_are_real(qwen3: Any
     assert all_tokens(datum).count(qwen3.convert_tokens_to_ids("<think>")) == 1
 
 
+@pytest.mark.parametrize("thinking", [False, True])
+def test_qwen3_answer_loses_leading_newlines_as_in_the_template(qwen3: Any, thinking: bool) -> None:
+    messages = chat("Q", "\n\n  An answer.\n")
+    (datum,) = conversation_to_datums(messages, get_renderer(qwen3, thinking=thinking), MAX)
+    assert trained_texts(qwen3, datum) == ["  An answer.\n<|im_end|>"]
+    assert qwen3.decode(all_tokens(datum)) + "\n" == qwen3.apply_chat_template(messages, tokenize=False)
+
+
 def test_thought_without_thinking_is_refused_and_an_empty_one_is_not(qwen3: Any) -> None:
     with pytest.raises(DataError, match=r"^\[thinking_mismatch\] message 1 .*thinking=False.*thinking=True"):
         conversation_to_datums(chat("Q", "<think>\nA thought.\n</think>\n\nAnswer."), qwen3, MAX)
@@ -220,15 +228,12 @@ def test_masking_by_prefix_differences_trains_header_scaffold_and_newline_and_ou
 
 def test_byte_pairs_do_not_merge_across_the_border_between_prompt_and_answer(smollm2: Any) -> None:
     messages = chat("List.", "\n\n1. one")
-    merged = smollm2.encode("assistant\n\n\n1. one", add_special_tokens=False)
     prompt = get_renderer(smollm2).build_prompt(messages[:1])
     answer = smollm2.encode("\n\n1. one", add_special_tokens=False)
-    assert prompt[-1] == smollm2.encode("\n", add_special_tokens=False)[0] and merged[-len(answer) - 1 :] != [
-        prompt[-1],
-        *answer,
-    ]  # this tokenizer does merge when it is given both
+    stop = smollm2.eos_token_id
+    assert template_ids(smollm2, messages)[: len(prompt)] != prompt  # the trap: the template's text in one piece merges
     (datum,) = conversation_to_datums(messages, smollm2, MAX)
-    assert all_tokens(datum) == [*prompt, *answer, smollm2.eos_token_id]
+    assert all_tokens(datum) == [*prompt, *answer, stop]
 
 
 def test_history_holds_an_answer_in_the_tokens_that_were_sampled(smollm2: Any) -> None:

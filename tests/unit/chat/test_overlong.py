@@ -81,6 +81,14 @@ def test_truncate_left_turns_still_trains_every_answer_once(family: str, tokeniz
     assert all(len(all_tokens(datum)) <= limit for datum in datums)
 
 
+def test_truncate_left_turns_trains_a_repeated_exchange_as_often_as_it_occurs(smollm2: Any) -> None:
+    repeated = chat("Q", "A", "Q", "A")
+    datums = conversation_to_datums(
+        repeated, smollm2, length_of(repeated[:2], smollm2), on_overlong="truncate_left_turns"
+    )
+    assert datums == conversation_to_datums(repeated[:2], smollm2, MAX) * 2
+
+
 def test_truncate_left_turns_raises_where_the_last_question_alone_is_too_long(tokenizer: Any) -> None:
     limit = length_of(TWO_TURNS[2:], tokenizer) - 1
     with pytest.raises(DataError, match=r"^\[overlong\] .*'truncate_left_turns'"):

@@ -72,10 +72,18 @@ UNSUPPORTED = {
     "other headers": "{% for m in messages %}{{ '<|' + m.role + '|>' + m.content }}{% endfor %}",
     "insists on taking turns": CHATML
     + "{% if messages[-1].role == 'assistant' %}{{ raise_exception('no') }}{% endif %}",
-    "dates its system text": "{{ '<|im_start|>system\n' + strftime_now('%Y') + '<|im_end|>\n' }}" + CHATML,
+    "dates its default system text": "{% if messages[0].role != 'system' %}"
+    "{{ '<|im_start|>system\n' + strftime_now('%Y') + '<|im_end|>\n' }}{% endif %}" + CHATML,
     "always thinks": CHATML.replace("assistant\n", "assistant\n<think>\n"),
-    "keeps thoughts in the history": CHATML.replace("{% endif %}", "")
-    + "{% if enable_thinking is false %}{{ '<think>\n\n</think>\n\n' }}{% endif %}{% endif %}",
+    "starts a thought when asked to": CHATML + "{% if enable_thinking is true %}<think>{% endif %}",
+    "ends a last answer otherwise": CHATML + "{% if messages[-1].role == 'assistant' %}<|endoftext|>{% endif %}",
+    "qwen3 that keeps thoughts in the history": qwen3_source().replace("loop.index0 > ns.last_query_index", "true"),
+    "qwen3 that shows every empty thought": qwen3_source().replace(
+        "loop.last or (not loop.last and reasoning_content)", "true"
+    ),
+    "qwen3 that takes a tool's text for a question": qwen3_source().replace(
+        "message.content.startswith(", "(false and "
+    ),
     "no end of turn": CHATML.replace("<|im_end|>", ""),
     "refuses everything": "{{ raise_exception('no') }}",
 }
@@ -94,6 +102,11 @@ def test_any_other_template_is_refused_naming_what_it_writes_and_what_is_support
     else:
         shown = tokenizer.apply_chat_template(chat("V"), tokenize=False, add_generation_prompt=True)
         assert f"writes the user message 'V' as {shown!r}" in message
+
+
+def test_a_model_name_in_place_of_a_tokenizer_is_refused_saying_how_to_load_one() -> None:
+    with pytest.raises(InputError, match=r"expected a transformers tokenizer, got str; load one with AutoTokenizer"):
+        get_renderer("Qwen/Qwen3-0.6B")  # type: ignore[arg-type]
 
 
 def test_a_tokenizer_without_template_is_refused_naming_it() -> None:

@@ -64,7 +64,7 @@ def test_report_counts_answers_that_do_not_fit_beside_others_that_do(smollm2: An
 @pytest.mark.parametrize("on_overlong", ["truncate_right", "truncate_left_turns"])
 def test_report_counts_truncated_rows(smollm2: Any, on_overlong: Any) -> None:
     too_long_answer = chat("Q", "answer " * 200)
-    long_history = [*LONG, *HELLO]
+    long_history = [*LONG, *HELLO, *chat("And you?", "Fine.")]
     _, report = convert_conversations([HELLO, too_long_answer, long_history], smollm2, MAX, on_overlong=on_overlong)
     expected = {"truncate_right": (1, {"overlong": 1}, 0), "truncate_left_turns": (1, {"overlong": 1}, 1)}
     assert (report.truncated_rows, report.skipped, report.dropped_turns) == expected[on_overlong]

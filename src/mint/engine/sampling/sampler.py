@@ -46,6 +46,7 @@ class _Sequence:
 class _Request:
     number: int
     given: GenerateRequest
+    weights: AdapterWeights | None  # held here, so that a snapshot may be dropped while it is in use
     prompt_cache: SequenceCache
     sequences: list[_Sequence] = field(default_factory=list)
     cached_tokens: int = 0
@@ -76,7 +77,8 @@ class Sampler:
         decoder = self._decoder
         cache = SequenceCache(decoder.config, len(given.prompt), decoder.dtype, decoder.device)
         self._next += 1
-        self._requests[self._next] = _Request(self._next, given, cache)
+        weights = self._adapters[given.adapter] if given.adapter is not None else None
+        self._requests[self._next] = _Request(self._next, given, weights, cache)
         return self._next
 
     def cancel(self, number: int) -> None:
@@ -103,9 +105,6 @@ class Sampler:
         for request in done:
             del self._requests[request.number]
         return [Generation(r.number, [_sampled(s) for s in r.sequences], r.cached_tokens) for r in done]
-
-    def _segment(self, start: int, end: int, adapter: int | None) -> Segment:
-        return Segment(start, end, self._adapters[adapter] if adapter is not None else None)
 
     def _forward(self, tokens: list[int], positions: list[int], segments: list[Segment], attention: Attention) -> Tensor:
         device = self._decoder.device
@@ -135,7 +134,7 @@ class Sampler:
             keys, values = cache.keys[index, :, :end], cache.values[index, :, :end]
             attend(self._decoder.ws, q, keys, values, self._decoder.grouped(out_TH))
 
-        segments = [self._segment(0, end - start, given.adapter)]
+        segments = [Segment(0, end - start, request.weights)]
         final_TD = self._forward(list(prompt[start:end]), list(range(start, end)), segments, attention)
         cache.length = end
         if whole:
@@ -185,7 +184,7 @@ class Sampler:
         """Runs of equal adapters."""
         adapters = [request.given.adapter for request, _ in pairs]
         borders = [0, *(i for i in range(1, len(adapters)) if adapters[i] != adapters[i - 1]), len(adapters)]
-        return [self._segment(a, b, adapters[a]) for a, b in zip(borders[:-1], borders[1:], strict=True)]
+        return [Segment(a, b, pairs[a][0].weights) for a, b in zip(borders[:-1], borders[1:], strict=True)]
 
     def _choose(self, final_BD: Tensor, pairs: list[tuple[_Request, _Sequence]]) -> None:
         """The next token of every row, its logprob at temperature 1, and whether the sequence ends with it."""

@@ -1,0 +1,196 @@
+"""Checkpoints on disk: written aside, flushed, renamed; verified before they are believed. Knows numpy, not torch.
+
+A checkpoint is a folder RUN/weights/NAME or RUN/sampler_weights/NAME with
+
+    adapter_model.safetensors, adapter_config.json   the adapter in PEFT's format, as PEFT reads it
+    optimizer.safetensors                            training only: Adam's moments by the adapter's names
+    manifest.json                                    everything else, and the SHA-256 of each file; written last
+
+Folders whose name starts with a dot are never listed: ".new-*" is being written, ".old-NAME" is what an overwrite
+replaces, and is put back if that was interrupted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from mint.engine.backend import AdapterState, RunPlan
+from mint.errors import CheckpointError, CheckpointNotFoundError
+from mint.types import Checkpoint, LoraConfig, ParsedCheckpointTinkerPath
+from mint.types.checkpoints import CheckpointType
+from mint.types.params import LORA_ALPHA
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+ADAPTER, ADAPTER_CONFIG, OPTIMIZER = "adapter_model.safetensors", "adapter_config.json", "optimizer.safetensors"
+
+
+class Manifest(BaseModel):
+    """What a checkpoint says of itself. `modules`: the wrapped Linears, by Hugging Face name."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format: int = FORMAT
+    path: str
+    checkpoint_type: CheckpointType
+    time: datetime
+    base_model: str
+    lora: LoraConfig
+    seed: int
+    modules: list[str]
+    plan: RunPlan
+    step: int
+    user_metadata: dict[str, str]
+    expires_at: datetime | None = None
+    sha256: dict[str, str] = {}
+
+
+def peft_config(manifest: Manifest) -> dict[str, Any]:
+    """adapter_config.json for the adapter of `manifest`."""
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": manifest.base_model,
+        "r": manifest.lora.rank,
+        "lora_alpha": LORA_ALPHA,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "target_modules": sorted({name.rsplit(".", 1)[-1] for name in manifest.modules}),
+        "inference_mode": True,
+    }
+
+
+def write_checkpoint(folder: Path, manifest: Manifest, state: AdapterState, *, overwrite: bool) -> None:
+    """Atomic: after it returns the checkpoint is on disk; if it does not, whatever stood there before still stands."""
+    recover(folder)
+    if folder.exists() and not overwrite:
+        raise CheckpointError(f"checkpoint {manifest.path} exists; save under another name or with overwrite=True")
+    fresh = folder.parent / f".new-{folder.name}-{uuid.uuid4().hex}"
+    fresh.mkdir(parents=True)
+    try:
+        _write_files(fresh, manifest, state)
+        if folder.exists():
+            _replace(folder, fresh)
+        else:
+            fresh.rename(folder)
+        _flush(folder.parent)
+    except BaseException:
+        shutil.rmtree(fresh, ignore_errors=True)
+        raise
+
+
+def _write_files(fresh: Path, manifest: Manifest, state: AdapterState) -> None:
+    save_file(dict(state.tensors), fresh / ADAPTER, metadata={"format": "pt"})
+    (fresh / ADAPTER_CONFIG).write_text(json.dumps(peft_config(manifest), indent=2), encoding="utf-8")
+    if manifest.checkpoint_type == "training":
+        moments = {"exp_avg": state.exp_avg, "exp_avg_sq": state.exp_avg_sq}
+        save_file({f"{kind}.{k}": v for kind, part in moments.items() for k, v in part.items()}, fresh / OPTIMIZER)
+    sums = {path.name: _sha256(path) for path in sorted(fresh.iterdir())}
+    text = manifest.model_copy(update={"sha256": sums}).model_dump_json(indent=2)
+    (fresh / MANIFEST).write_text(text, encoding="utf-8")
+    for path in fresh.iterdir():
+        _flush(path)
+    _flush(fresh)
+
+
+def _replace(folder: Path, fresh: Path) -> None:
+    old = _old(folder)
+    folder.rename(old)
+    _flush(folder.parent)
+    fresh.rename(folder)
+    _flush(folder.parent)
+    shutil.rmtree(old)
+
+
+def _old(folder: Path) -> Path:
+    return folder.parent / f".old-{folder.name}"
+
+
+def recover(folder: Path) -> None:
+    """Finish what an interrupted overwrite left: without the new checkpoint the old one takes its place again."""
+    old = _old(folder)
+    if old.is_dir():
+        if folder.exists():
+            shutil.rmtree(old)
+        else:
+            old.rename(folder)
+
+
+def read_manifest(folder: Path, path: str) -> Manifest:
+    """Raises CheckpointNotFoundError, or CheckpointError on one that MinT did not write or that is damaged."""
+    recover(folder)
+    file = folder / MANIFEST
+    if not file.is_file():
+        raise CheckpointNotFoundError(f"no checkpoint {path}; list what there is with RestClient.list_user_checkpoints()")
+    try:
+        manifest = Manifest.model_validate_json(file.read_bytes())
+    except ValidationError as error:
+        raise CheckpointError(f"checkpoint {path}: its manifest is damaged or from another program ({error.errors()[0]['msg']})") from None
+    if manifest.format != FORMAT:
+        raise CheckpointError(f"checkpoint {path}: format {manifest.format}, this MinT reads format {FORMAT}")
+    if manifest.expires_at is not None and manifest.expires_at < datetime.now(UTC):
+        raise CheckpointNotFoundError(f"checkpoint {path} expired at {manifest.expires_at.isoformat()}")
+    return manifest
+
+
+def read_checkpoint(folder: Path, path: str, *, optimizer: bool) -> tuple[Manifest, AdapterState]:
+    """Every file is compared with its recorded SHA-256 before it is used."""
+    manifest = read_manifest(folder, path)
+    if optimizer and manifest.checkpoint_type != "training":
+        raise CheckpointError(f"checkpoint {path} holds sampler weights only, no optimizer; load it without the optimizer")
+    wanted = [ADAPTER, *([OPTIMIZER] if optimizer else [])]
+    for name in wanted:
+        file = folder / name
+        if not file.is_file() or _sha256(file) != manifest.sha256.get(name):
+            raise CheckpointError(f"checkpoint {path}: {name} is missing or damaged (its SHA-256 differs from the manifest's)")
+    try:
+        tensors = load_file(folder / ADAPTER)
+        moments = load_file(folder / OPTIMIZER) if optimizer else {}
+    except SafetensorError as error:
+        raise CheckpointError(f"checkpoint {path}: {error}") from None
+    first, second = (_strip(moments, f"{kind}.") for kind in ("exp_avg", "exp_avg_sq"))
+    return manifest, AdapterState(tensors, first, second, manifest.step)
+
+
+def _strip(tensors: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+
+def describe(folder: Path, manifest: Manifest) -> Checkpoint:
+    parsed = ParsedCheckpointTinkerPath.from_tinker_path(manifest.path)
+    return Checkpoint(
+        checkpoint_id=parsed.checkpoint_id,
+        checkpoint_type=manifest.checkpoint_type,
+        time=manifest.time,
+        tinker_path=manifest.path,
+        size_bytes=sum(file.stat().st_size for file in folder.iterdir()),
+        user_metadata=manifest.user_metadata,
+        expires_at=manifest.expires_at,
+    )
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
