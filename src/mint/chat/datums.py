@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mint import types
-from mint.chat.encoding import Encoder, Tokenizer
+from mint.chat.encoding import Tokenizer
 from mint.chat.layout import Span, answer_spans, injected_system, prompt_spans
 from mint.chat.messages import Message, check_messages, data_error
 from mint.chat.renderer import Renderer, get_renderer
@@ -55,8 +55,8 @@ class Example:
     prompt_length: how many tokens the sampler is given before the last answer.
     """
 
-    tokens: list[int]
-    weights: list[float]
+    tokens: list[int] = field(repr=False)
+    weights: list[float] = field(repr=False)
     prompt_length: int
 
 
@@ -243,10 +243,9 @@ class _Builder:
         return Example(tokens, weights, prompt_length=len(prompt))
 
     def _encode(self, spans: Sequence[Span]) -> list[int]:
-        encoder: Encoder = self.renderer.encoder
         for span in spans:
             if span not in self.encoded:
-                self.encoded[span] = encoder.encode_span(span)
+                self.encoded[span] = self.renderer.encoder.encode_span(span)
         return [token for span in spans for token in self.encoded[span]]
 
 

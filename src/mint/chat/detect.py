@@ -15,8 +15,8 @@ from mint.chat.layout import FAMILIES, FROZEN_DATE, Family, Layout, history_span
 from mint.chat.messages import Message
 from mint.errors import InputError, UnsupportedError
 
-_SYSTEM, _USER, _OTHER_USER = Message("system", "S"), Message("user", " U\n"), Message("user", "V")
-_ANSWER, _THOUGHT = Message("assistant", "A "), Message("assistant", "<think>\nT\n</think>\n\nB")
+_SYSTEM, _USER, _OTHER_USER = Message("system", " S\n"), Message("user", " U\n"), Message("user", "V")
+_ANSWER, _THOUGHT = Message("assistant", "\n A "), Message("assistant", "<think>\n\nT\n</think>\n\n B")
 _TOOL_TEXT = Message("user", "<tool_response>R</tool_response>")
 # Together they show: system text (none, own, in the middle), trimming, thoughts in history and at the end, answers in a
 # row, and text that Qwen3 takes for a tool's.
@@ -28,7 +28,6 @@ PROBES: Final[tuple[tuple[Message, ...], ...]] = (
     (_SYSTEM, _USER, _ANSWER, _OTHER_USER, _THOUGHT, _USER),
     (_USER, _THOUGHT, _SYSTEM, _ANSWER, _OTHER_USER, _ANSWER),
     (_USER, _THOUGHT, _ANSWER, _TOOL_TEXT),
-    (_USER, _ANSWER, _ANSWER),
 )
 
 # (template, bos, eos) -> its layout

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from mint.chat.layout import Span
@@ -21,7 +21,7 @@ class Tokenizer(Protocol):
     """The part of a transformers tokenizer that this package uses."""
 
     @property
-    def added_tokens_decoder(self) -> Mapping[int, Any]: ...  # id -> AddedToken
+    def added_tokens_decoder(self) -> Mapping[int, AddedToken]: ...
     @property
     def bos_token(self) -> str | None: ...
     @property
@@ -38,16 +38,17 @@ class Tokenizer(Protocol):
     def decode(self, token_ids: list[int], **options: Any) -> str: ...
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Encoder:
     """Encodes spans with one tokenizer.
 
     control_ids: text and id of every control token: an added token that is special or that the template writes.
+    pattern: finds control tokens in text; its one group keeps them when it splits.
     """
 
-    tokenizer: Tokenizer = field(repr=False)
-    control_ids: Mapping[str, int] = field(repr=False)
-    pattern: re.Pattern[str] = field(repr=False)
+    tokenizer: Tokenizer
+    control_ids: Mapping[str, int]
+    pattern: re.Pattern[str]
 
     def encode_span(self, span: Span) -> list[int]:
         """Token ids of a span. Only its markup can give control tokens; the same text in a body stays ordinary text."""
@@ -76,10 +77,10 @@ class Encoder:
 
 
 def make_encoder(tokenizer: Tokenizer, template: str) -> Encoder:
-    added = tokenizer.added_tokens_decoder
+    """The encoder of a tokenizer whose chat template has the source `template`."""
     control_ids = {
         token.content: int(token_id)
-        for token_id, token in added.items()
+        for token_id, token in tokenizer.added_tokens_decoder.items()
         if len(token.content) > 1 and (token.special or token.content in template)
     }
     longest_first = sorted(control_ids, key=len, reverse=True)
@@ -94,7 +95,8 @@ def _cut_inside(pattern: re.Pattern[str], text: str) -> Iterator[str]:
     Encoded apart, the pieces are ordinary text to any tokenizer. Its `split_special_tokens` switch would do the same
     for special tokens only, and by changing a state that other threads share.
     """
-    while found := pattern.search(text):
-        yield text[: found.start() + 1]
-        text = text[found.start() + 1 :]
-    yield text
+    start = 0
+    while found := pattern.search(text, start):
+        yield text[start : found.start() + 1]
+        start = found.start() + 1
+    yield text[start:]

@@ -135,25 +135,24 @@ def prompt_spans(layout: Layout, messages: Sequence[Message]) -> list[Span]:
 def history_spans(layout: Layout, messages: Sequence[Message]) -> list[Span]:
     """All messages as finished turns, as the template shows them to the model; at least one message."""
     family = layout.family
-    end = markup(family.end_of_turn + family.after_turn)
-    injected = injected_system(layout, messages)
+    end, after = markup(family.end_of_turn + family.after_turn), markup(family.after_turn)
     spans: list[Span] = [(markup(family.bos),)] if family.bos else []
     first = 0
+    injected = injected_system(layout, messages)
     if injected is not None:
-        # A dated system turn takes the conversation's own system text in; a default one only stands in for it.
-        own = messages[0].content if messages[0].role == "system" else ""
+        # a dated system turn takes in the conversation's own system text; a default one only stands in for it
         first = 1 if messages[0].role == "system" else 0
+        own = messages[0].content if first else ""
         spans.append((_header(layout, "system"), markup(injected), body(_trimmed(family, own)), end))
     thought_from = _last_query(messages) + 1 if family.thinks else len(messages)
     for index, message in enumerate(messages[first:], start=first):
-        if message.role == "assistant":
-            spans.append((_header(layout, "assistant"),))
-            reasoning, content = split_reasoning(message.content) if family.thinks else ("", message.content)
-            shows_thought = index >= thought_from and (bool(reasoning) or index == len(messages) - 1)
-            spans += [part.span for part in _turn(family, reasoning if shows_thought else None, content)]
-            spans += [(markup(family.after_turn),)] if family.after_turn else []
-        else:
+        if message.role != "assistant":
             spans.append((_header(layout, message.role), body(_trimmed(family, message.content)), end))
+            continue
+        reasoning, content = _taken_apart(family, message.content)
+        shows_thought = index >= thought_from and (bool(reasoning) or index == len(messages) - 1)
+        turn = _turn(family, reasoning if shows_thought else None, content)
+        spans += [(_header(layout, "assistant"),), *(part.span for part in turn), (after,)]
     return spans
 
 
@@ -165,20 +164,18 @@ def answer_spans(layout: Layout, message: Message, where: str) -> list[AnswerSpa
     Raises DataError naming `where` for an answer without text, or with a thought although thinking is off.
     """
     family = layout.family
-    reasoning, content = split_reasoning(message.content) if family.thinks else ("", message.content)
+    reasoning, content = _taken_apart(family, message.content)
     if not content.strip():
         raise data_error("empty_answer", f"{where} is an assistant turn without text: leave the row out")
-    if not family.thinks:
-        return _turn(family, None, content)
-    if layout.thinking:
-        return _turn(family, reasoning, content)
-    if reasoning:
+    if reasoning and not layout.thinking:
         raise data_error(
             "thinking_mismatch",
             f"{where} has a <think> block, but the prompt says that there is none (thinking=False); "
             "use get_renderer(tokenizer, thinking=True) or remove the thoughts",
         )
-    return _turn(family, None, content.lstrip("\n"))
+    if not family.thinks:
+        return _turn(family, None, content)
+    return _turn(family, reasoning if layout.thinking else None, content.lstrip("\n"))
 
 
 def split_reasoning(content: str) -> tuple[str, str]:
@@ -204,6 +201,10 @@ def _turn(family: Family, reasoning: str | None, content: str) -> list[AnswerSpa
     if not reasoning:
         return [AnswerSpan(_EMPTY_THOUGHT, False), AnswerSpan((text, end), True)]
     return [AnswerSpan((markup(THINK_OPEN), body(reasoning), markup(THINK_CLOSE), text, end), True)]
+
+
+def _taken_apart(family: Family, content: str) -> tuple[str, str]:
+    return split_reasoning(content) if family.thinks else ("", content)
 
 
 def _header(layout: Layout, role: str) -> Piece:

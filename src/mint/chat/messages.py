@@ -100,11 +100,19 @@ def _is_empty(value: object) -> bool:
 
 
 def _text(content: object, where: str) -> str:
-    if isinstance(content, str):
-        return content
-    if isinstance(content, Sequence) and not isinstance(content, bytes):
-        return "".join(_part_text(part, f"{where}, part {index}") for index, part in enumerate(content))
-    raise _bad_content(where, "content", content)
+    if isinstance(content, Sequence) and not isinstance(content, str | bytes):
+        content = "".join(_part_text(part, f"{where}, part {index}") for index, part in enumerate(content))
+    if not isinstance(content, str):
+        raise _bad_content(where, "content", content)
+    try:
+        content.encode()
+    except UnicodeEncodeError as error:  # JSON escapes can hold half a surrogate pair; no tokenizer takes it
+        raise data_error(
+            "bad_content",
+            f"{where} has content that is not valid Unicode (half a surrogate pair at character {error.start}); "
+            "repair it",
+        ) from None
+    return content
 
 
 def _part_text(part: object, where: str) -> str:

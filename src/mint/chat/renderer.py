@@ -31,7 +31,7 @@ class Response:
         return {"role": "assistant", "content": self.content}
 
 
-@dataclass(frozen=True, slots=True, repr=False)
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Renderer:
     """Writes conversations as token ids, in the form that a tokenizer's model was trained on; see `get_renderer`."""
 

@@ -135,8 +135,11 @@ class Backend(Protocol):
     @property
     def limits(self) -> BackendLimits: ...
 
-    def add_run(self, run_id: str, lora: LoraConfig, seed: int, plan: RunPlan | None = None) -> RunReport:
-        """A new adapter from `seed`; `plan` as recorded by a checkpoint, or chosen now."""
+    def add_run(self, run_id: str, lora: LoraConfig, seed: int) -> RunReport:
+        """A new adapter from `seed`, with a plan chosen from the machine's memory."""
+
+    def use_plan(self, run_id: str, plan: RunPlan) -> RunReport:
+        """Go on with the plan of a checkpoint, so that a resumed run computes as the saved one would have."""
 
     def remove_run(self, run_id: str) -> None: ...
 

@@ -39,6 +39,7 @@ from mint.engine.plan import Plan, make_plan
 from mint.engine.sampling.sampler import Sampler, top_logprobs
 from mint.engine.training import Trainer, TrainingRun
 from mint.engine.workspace import Workspace
+from mint.errors import ClosedError
 from mint.settings import Settings
 from mint.types.params import AdamParams, LoraConfig
 from mint.types.requests import TrainingInput
@@ -68,6 +69,7 @@ class DecoderBackend:
             self._adapters: dict[int, AdapterWeights] = {}
             self._sampler = Sampler(sampling, Head(sampling), self._adapters, int(self._memory * PREFIX_CACHE_SHARE))
         self._next_handle = 0
+        self._closed = False
         self._base_bytes = weights.num_bytes()
         self._limits = BackendLimits(
             base_model=name,
@@ -92,23 +94,27 @@ class DecoderBackend:
     # runs
 
     @torch.inference_mode()
-    def add_run(self, run_id: str, lora: LoraConfig, seed: int, plan: RunPlan | None = None) -> RunReport:
+    def add_run(self, run_id: str, lora: LoraConfig, seed: int) -> RunReport:
         decoder = self._trainer.decoder
         layout = adapter_layout(decoder.config, lora)
-        if plan is None:
-            element_size = torch.empty(0, dtype=decoder.dtype).element_size()
-            free = self._memory - self._base_bytes
-            made = make_plan(decoder.config, element_size, free, self._settings.max_tokens_per_pass)
-        else:
-            made = Plan(plan.max_tokens_per_pass, plan.max_tokens)
-            self._warn_if_bits_differ(plan)
+        element_size = torch.empty(0, dtype=decoder.dtype).element_size()
+        free = self._memory - self._base_bytes
+        plan = make_plan(decoder.config, element_size, free, self._settings.max_tokens_per_pass)
         params_P = initial_parameters(layout, seed).to(self._device.torch_device)
-        self._trainer.runs[run_id] = TrainingRun(layout, params_P, made, decoder.dtype)
-        run_plan = RunPlan(
-            made.max_tokens_per_pass, made.max_tokens,
-            self._limits.dtype, self._limits.num_threads, self._limits.torch_version,
-        )  # fmt: skip
-        return RunReport(tuple(m.name for m in layout.modules), layout.size, run_plan)
+        self._trainer.runs[run_id] = TrainingRun(layout, params_P, plan, decoder.dtype)
+        return self._report(run_id)
+
+    def _report(self, run_id: str) -> RunReport:
+        run, limits = self._trainer.runs[run_id], self._limits
+        plan = RunPlan(
+            run.plan.max_tokens_per_pass, run.plan.max_tokens, limits.dtype, limits.num_threads, limits.torch_version
+        )
+        return RunReport(tuple(m.name for m in run.layout.modules), run.layout.size, plan)
+
+    def use_plan(self, run_id: str, plan: RunPlan) -> RunReport:
+        self._warn_if_bits_differ(plan)
+        self._trainer.runs[run_id].plan = Plan(plan.max_tokens_per_pass, plan.max_tokens)
+        return self._report(run_id)
 
     def _warn_if_bits_differ(self, plan: RunPlan) -> None:
         now = {"dtype": self._limits.dtype, "num_threads": self._limits.num_threads, "torch_version": self._limits.torch_version}
@@ -207,6 +213,8 @@ class DecoderBackend:
         return PromptScores([None, *logprob_P.tolist()], topk)
 
     def add_request(self, request: GenerateRequest) -> int:
+        if self._closed:
+            raise ClosedError("the base model was unloaded: every session that used it is closed")
         return self._sampler.add(request)
 
     @torch.inference_mode()
@@ -221,6 +229,6 @@ class DecoderBackend:
         return self._sampler.num_requests
 
     def close(self) -> None:
+        self._closed = True
         self._adapters.clear()
-        self._trainer.runs.clear()
         del self._trainer, self._sampler

@@ -130,6 +130,11 @@ def recover(folder: Path) -> None:
             old.rename(folder)
 
 
+def recover_all(parent: Path) -> None:
+    for old in parent.glob(".old-*"):
+        recover(parent / old.name.removeprefix(".old-"))
+
+
 def read_manifest(folder: Path, path: str) -> Manifest:
     """Raises CheckpointNotFoundError, or CheckpointError on one that MinT did not write or that is damaged."""
     recover(folder)

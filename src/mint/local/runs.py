@@ -6,6 +6,7 @@ Ownership is checked here and nowhere else: whatever is asked for by name goes t
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -13,10 +14,12 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from mint.errors import CheckpointNotFoundError
+from mint.errors import CheckpointError, CheckpointNotFoundError
 from mint.local import checkpoints
 from mint.types import Checkpoint, LoraConfig, ParsedCheckpointTinkerPath, TrainingRun
 from mint.types.checkpoints import SEGMENTS
+
+logger = logging.getLogger("mint")
 
 RUN_FILE, METRICS_FILE = "run.json", "metrics.jsonl"
 
@@ -71,12 +74,16 @@ class RunStore:
         self.record(run_id)
         found = []
         for segment in SEGMENTS.values():
-            for folder in (self.folder(run_id) / segment).glob("[!.]*"):
+            parent = self.folder(run_id) / segment
+            checkpoints.recover_all(parent)
+            for folder in parent.glob("[!.]*"):
                 path = f"tinker://{run_id}/{segment}/{folder.name}"
                 try:
                     found.append(checkpoints.describe(folder, checkpoints.read_manifest(folder, path)))
-                except (checkpoints.CheckpointError, CheckpointNotFoundError):
-                    continue
+                except CheckpointNotFoundError:
+                    continue  # expired
+                except CheckpointError as error:
+                    logger.warning("not listed: %s", error)
         yield from sorted(found, key=lambda checkpoint: checkpoint.time, reverse=True)
 
     def training_run(self, record: RunRecord) -> TrainingRun:

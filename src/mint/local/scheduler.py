@@ -126,6 +126,28 @@ class Scheduler:
             self._changed.notify()
         return job.future
 
+    def post(self, call: Callable[[], Any]) -> Future[Any]:
+        """A short job of no run, from any thread and even from a finaliser on the engine thread; nobody may wait there."""
+        job = CallJob(call, Future())
+        job.future.set_running_or_notify_cancel()
+        with self._changed:
+            if self._closing:
+                job.future.set_exception(ClosedError("this MinT service is closed"))
+            else:
+                self._loose.append((time.monotonic(), job))
+                self._changed.notify()
+        return job.future
+
+    def drop_backend(self, backend: Backend) -> None:
+        """Engine thread: fail what is sampled or waits to be sampled on a backend that goes away."""
+        error = ClosedError("the session was closed while this sample was waiting or running")
+        with self._changed:
+            waiting = [entry for entry in self._new_samples if entry[0] is backend]
+            self._new_samples = [entry for entry in self._new_samples if entry[0] is not backend]
+        for _, _, future in waiting:
+            future.set_exception(error)
+        self._fail_samples(backend, error)
+
     def submit_sample(self, backend: Backend, request: GenerateRequest) -> Future[Generation]:
         future: Future[Generation] = Future()
         future.set_running_or_notify_cancel()

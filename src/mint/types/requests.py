@@ -163,6 +163,13 @@ def refuse(option: str, value: object) -> None:
         raise UnsupportedError(f"{option}={value!r} is not supported; leave it out")
 
 
+def check_ttl(ttl_seconds: int | None) -> int | None:
+    """One hour to ten years, or None for good."""
+    if ttl_seconds is not None and not (isinstance(ttl_seconds, int) and 3600 <= ttl_seconds <= 10 * 365 * 86_400):
+        raise InputError(f"ttl_seconds={ttl_seconds!r}: must be None (keep) or a whole number from 3600 (an hour) to ten years")
+    return ttl_seconds
+
+
 def check_user_metadata(metadata: Any) -> dict[str, str]:
     """A copy of `metadata`; keys and values are strings, 64 KiB in all."""
     if metadata is None:

@@ -231,7 +231,7 @@ def test_byte_pairs_do_not_merge_across_the_border_between_prompt_and_answer(smo
     prompt = get_renderer(smollm2).build_prompt(messages[:1])
     answer = smollm2.encode("\n\n1. one", add_special_tokens=False)
     stop = smollm2.eos_token_id
-    assert template_ids(smollm2, messages)[: len(prompt)] != prompt  # the trap: the template's text in one piece merges
+    assert template_ids(smollm2, messages)[: len(prompt)] != prompt  # the trap: text in one piece merges
     (datum,) = conversation_to_datums(messages, smollm2, MAX)
     assert all_tokens(datum) == [*prompt, *answer, stop]
 

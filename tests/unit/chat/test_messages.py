@@ -43,6 +43,7 @@ def assistant(**keys: Any) -> dict[str, Any]:
         ),
         ([USER, assistant(content=7)], "bad_content", "message 1 has content that is int"),
         ([assistant(content=b"x")], "bad_content", "message 0 has content that is bytes"),
+        ([assistant(content="ab\ud83d")], "bad_content", "message 0 has content that is not valid .* at character 2"),
         (
             [assistant(content=["x"])],
             "bad_content",

@@ -76,7 +76,9 @@ UNSUPPORTED = {
     "{{ '<|im_start|>system\n' + strftime_now('%Y') + '<|im_end|>\n' }}{% endif %}" + CHATML,
     "always thinks": CHATML.replace("assistant\n", "assistant\n<think>\n"),
     "starts a thought when asked to": CHATML + "{% if enable_thinking is true %}<think>{% endif %}",
-    "ends a last answer otherwise": CHATML + "{% if messages[-1].role == 'assistant' %}<|endoftext|>{% endif %}",
+    "ends a last answer otherwise": CHATML + "{% if not add_generation_prompt %}<|endoftext|>{% endif %}",
+    "trims system texts": CHATML.replace("m.content", "(m.content|trim if m.role == 'system' else m.content)"),
+    "trims answers": CHATML.replace("m.content", "(m.content|trim if m.role == 'assistant' else m.content)"),
     "qwen3 that keeps thoughts in the history": qwen3_source().replace("loop.index0 > ns.last_query_index", "true"),
     "qwen3 that shows every empty thought": qwen3_source().replace(
         "loop.last or (not loop.last and reasoning_content)", "true"

@@ -25,6 +25,7 @@ from mint.engine.sampling.choose import Choice, choose, log_normaliser
 from mint.types.results import SampledSequence, StopReason
 
 MAX_ROWS = 32
+MAX_SEQUENCES = 64  # growing at once; further requests wait, so that caches stay bounded
 PREFILL_CHUNK = 256
 
 
@@ -88,12 +89,12 @@ class Sampler:
         self._prefixes.forget_adapter(handle)
 
     def step(self) -> list[Generation]:
-        """Prefill first: a waiting prompt joins the batch before the others go on."""
+        """Prefill first: a waiting prompt joins the batch before the others go on, where there is room."""
+        growing = [(r, s) for r in self._requests.values() for s in r.growing()]
         waiting = next((r for r in self._requests.values() if not r.prefilled), None)
-        if waiting is not None:
+        if waiting is not None and (not growing or len(growing) + waiting.given.num_samples <= MAX_SEQUENCES):
             self._prefill_chunk(waiting)
         else:
-            growing = [(r, s) for r in self._requests.values() for s in r.growing()]
             # rows of one adapter lie together, so that each adapter is one segment
             growing.sort(key=lambda pair: -1 if pair[0].given.adapter is None else pair[0].given.adapter)
             for first in range(0, len(growing), MAX_ROWS):

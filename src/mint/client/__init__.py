@@ -1,0 +1,1 @@
+"""The SDK. Knows `Service`; `connect` chooses the implementation."""

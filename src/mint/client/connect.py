@@ -1,0 +1,52 @@
+"""Which Service a client talks to. The one place of the SDK that knows implementations."""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import threading
+from pathlib import Path
+
+from mint import settings as settings_module
+from mint.engine.backend import Backend
+from mint.errors import UnsupportedError
+from mint.local.core import Core
+from mint.local.service import LocalService
+from mint.service import Service
+from mint.settings import Settings
+
+logger = logging.getLogger("mint")
+
+EMBEDDED_TENANT = "local"
+
+_lock = threading.Lock()
+_core: Core | None = None
+_core_pid: int | None = None
+
+
+def _make_backend(folder: Path, name: str, settings: Settings) -> Backend:
+    from mint.engine.decoder_backend import DecoderBackend  # loads torch, so only when something is computed
+
+    return DecoderBackend(folder, name, settings)
+
+
+def connect(base_url: str | None, api_key: str | None) -> Service:
+    """The embedded service of this process. Raises UnsupportedError for a URL: there is no remote client yet."""
+    global _core, _core_pid
+    settings = settings_module.load()
+    url = base_url or settings.base_url
+    if url:
+        source = "base_url" if base_url else "MINT_BASE_URL or TINKER_BASE_URL"
+        raise UnsupportedError(
+            f"{source}={url!r}: this version of MinT has no remote client. Leave the URL out (and unset the "
+            "environment variable) to train inside this process"
+        )
+    with _lock:
+        if _core is None or _core_pid != os.getpid():  # a forked child may build a service of its own
+            _core, _core_pid = Core(settings, _make_backend), os.getpid()
+            atexit.register(_core.close)
+            logger.info("MinT runs inside this process; runs and checkpoints are kept in %s", settings.home)
+            if api_key or settings.api_key:
+                logger.info("an API key is set and not used: there is no server in between")
+        return LocalService(_core, EMBEDDED_TENANT)

@@ -1,0 +1,97 @@
+"""`SamplingClient`: generate from, and score with, one set of weights. Source: Tinker SDK surface, protocol section 7."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Generator
+from typing import Any
+
+from mint.client.futures import APIFuture
+from mint.errors import ClosedError
+from mint.hub import load_tokenizer
+from mint.service import Service
+from mint.types import ModelInput, SampleResponse, SamplingParams
+from mint.types.requests import SampleInput, prepare_sample_input, refuse
+
+
+class SamplingClient:
+    """Many calls may be in flight at once; they share the running batch."""
+
+    def __init__(self, service: Service, sampling_session_id: str, base_model: str) -> None:
+        self._service, self._sampling_session_id, self._base_model = service, sampling_session_id, base_model
+        weakref.finalize(self, _close, service, sampling_session_id).atexit = False
+
+    def sample(
+        self,
+        prompt: ModelInput,
+        num_samples: int = 1,
+        sampling_params: SamplingParams | None = None,
+        include_prompt_logprobs: bool = False,
+        topk_prompt_logprobs: int = 0,
+        topk_sample_logprobs: int = 0,
+        target_prompt_logprobs: object = None,
+        prompt_alt_tokens_k: int = 0,
+        prompt_logprobs_last_n: int | None = None,
+    ) -> APIFuture[SampleResponse]:
+        """`num_samples` sequences after `prompt`. The token that ends one is included, once.
+
+        Logprobs are the model's at temperature 1. Sample i of a seed is the same whatever else runs. InputError is
+        raised here for arguments, from `.result()` for what the model cannot take.
+        """
+        refuse("target_prompt_logprobs", target_prompt_logprobs)
+        refuse("prompt_alt_tokens_k", prompt_alt_tokens_k)
+        refuse("prompt_logprobs_last_n", prompt_logprobs_last_n)
+        given = prepare_sample_input(
+            prompt,
+            num_samples,
+            sampling_params or SamplingParams(),
+            prompt_logprobs=include_prompt_logprobs,
+            num_prompt_topk=topk_prompt_logprobs,
+            num_sample_topk=topk_sample_logprobs,
+        )
+        future = self._service.sample(self._sampling_session_id, given)
+        return APIFuture(future, owner=self, what=f"sample from {self._base_model}")
+
+    def compute_logprobs(
+        self, prompt: ModelInput, prompt_logprobs_last_n: int | None = None
+    ) -> APIFuture[list[float | None]]:
+        """log p(prompt[i] | prompt[:i]) for every token; entry 0 is None."""
+        refuse("prompt_logprobs_last_n", prompt_logprobs_last_n)
+        checked = prepare_sample_input(prompt, 1, SamplingParams(max_tokens=1))
+        given = SampleInput(checked.prompt, 0, checked.params, prompt_logprobs=True)  # scored, nothing generated
+        future = self._service.sample(self._sampling_session_id, given)
+        return APIFuture(future, lambda response: response.prompt_logprobs, owner=self, what="compute_logprobs")
+
+    def get_tokenizer(self) -> Any:
+        """The base model's tokenizer, a transformers object."""
+        return load_tokenizer(self._base_model)
+
+    def get_base_model(self) -> str:
+        return self._base_model
+
+    # the call style that asks the creation call for its result
+
+    def result(self, timeout: float | None = None) -> SamplingClient:
+        return self
+
+    async def result_async(self, timeout: float | None = None) -> SamplingClient:
+        return self
+
+    def __await__(self) -> Generator[Any, None, SamplingClient]:
+        return self.result_async().__await__()
+
+    async def sample_async(self, *args: Any, **kwargs: Any) -> SampleResponse:
+        return await self.sample(*args, **kwargs)
+
+    async def compute_logprobs_async(self, *args: Any, **kwargs: Any) -> list[float | None]:
+        return await self.compute_logprobs(*args, **kwargs)
+
+    def __repr__(self) -> str:
+        return f"<SamplingClient {self._sampling_session_id} on {self._base_model}>"
+
+
+def _close(service: Service, sampling_session_id: str) -> None:
+    try:
+        service.close_sampling_session(sampling_session_id)
+    except ClosedError:
+        pass  # the service itself is gone

@@ -1,0 +1,148 @@
+"""`Service` in this process, bound to one tenant: every operation, handed to where it is done."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future
+
+from mint.hub import PACKAGED_MODELS
+from mint.local.core import Core
+from mint.local.futures import errors_in_future
+from mint.local.runs import RunStore
+from mint.local.sampling import SamplingOps
+from mint.local.saving import SavingOps
+from mint.local.training import TrainingOps
+from mint.service import LossFromLogprobs, RunSpec, SamplingSession, SaveSpec
+from mint.types import (
+    AdamParams,
+    CheckpointsListResponse,
+    ForwardBackwardOutput,
+    GetInfoResponse,
+    GetServerCapabilitiesResponse,
+    LoadWeightsResponse,
+    OptimStepResponse,
+    SampleResponse,
+    SaveWeightsForSamplerResponse,
+    SaveWeightsResponse,
+    SupportedModel,
+    TrainingRun,
+    TrainingRunsResponse,
+    UnloadModelResponse,
+    WeightsInfoResponse,
+)
+from mint.types.requests import SampleInput, TrainingInput
+
+
+class LocalService:
+    def __init__(self, core: Core, tenant: str) -> None:
+        self._core, self._tenant = core, tenant
+        store = RunStore(core.settings.runs_dir, tenant)
+        self._training = TrainingOps(core, store, tenant)
+        self._saving = SavingOps(core, store, self._training)
+        self._sampling = SamplingOps(core, store, tenant)
+
+    def capabilities(self) -> Future[GetServerCapabilitiesResponse]:
+        def read() -> GetServerCapabilitiesResponse:
+            loaded = [backend.limits for backend in self._core.backends.values()]
+            models = {limits.base_model: limits.max_context for limits in loaded}
+            for name in PACKAGED_MODELS:
+                models.setdefault(name, 0)
+            return GetServerCapabilitiesResponse(
+                supported_models=[
+                    SupportedModel(model_name=name, max_context_length=context or None)
+                    for name, context in models.items()
+                ]
+            )
+
+        return self._core.call(read)
+
+    def create_session(self, user_metadata: dict[str, str]) -> Future[str]:
+        return self._core.call(lambda: self._core.new_session(self._tenant))
+
+    def heartbeat(self, session_id: str) -> Future[None]:
+        return self._core.call(lambda: None)
+
+    def close_session(self, session_id: str) -> Future[None]:
+        return self._core.call(lambda: self._core.drop_session(session_id))
+
+    @errors_in_future
+    def create_run(self, spec: RunSpec) -> Future[GetInfoResponse]:
+        return self._training.create_run(spec)
+
+    @errors_in_future
+    def get_info(self, run_id: str) -> Future[GetInfoResponse]:
+        return self._training.get_info(run_id)
+
+    @errors_in_future
+    def unload(self, run_id: str) -> Future[UnloadModelResponse]:
+        return self._training.unload(run_id)
+
+    @errors_in_future
+    def forward(self, run_id: str, seq_id: int, training_input: TrainingInput) -> Future[ForwardBackwardOutput]:
+        return self._training.run_pass(run_id, seq_id, training_input, "forward")
+
+    @errors_in_future
+    def forward_backward(
+        self, run_id: str, seq_id: int, training_input: TrainingInput
+    ) -> Future[ForwardBackwardOutput]:
+        return self._training.run_pass(run_id, seq_id, training_input, "forward_backward")
+
+    @errors_in_future
+    def forward_backward_custom(
+        self, run_id: str, seq_id: int, training_input: TrainingInput, loss: LossFromLogprobs
+    ) -> Future[ForwardBackwardOutput]:
+        return self._training.run_custom(run_id, seq_id, training_input, loss)
+
+    @errors_in_future
+    def optim_step(self, run_id: str, seq_id: int, params: AdamParams) -> Future[OptimStepResponse]:
+        return self._training.optim_step(run_id, seq_id, params)
+
+    @errors_in_future
+    def save_weights(self, run_id: str, seq_id: int, spec: SaveSpec) -> Future[SaveWeightsResponse]:
+        return self._saving.save_weights(run_id, seq_id, spec)
+
+    @errors_in_future
+    def load_weights(self, run_id: str, seq_id: int, path: str, *, optimizer: bool) -> Future[LoadWeightsResponse]:
+        return self._saving.load_weights(run_id, seq_id, path, optimizer=optimizer)
+
+    @errors_in_future
+    def save_weights_for_sampler(
+        self, run_id: str, seq_id: int, spec: SaveSpec
+    ) -> Future[SaveWeightsForSamplerResponse]:
+        return self._saving.save_weights_for_sampler(run_id, seq_id, spec)
+
+    @errors_in_future
+    def create_sampling_session(
+        self, session_id: str, base_model: str | None, model_path: str | None
+    ) -> Future[SamplingSession]:
+        return self._sampling.create_session(session_id, base_model, model_path)
+
+    def close_sampling_session(self, sampling_session_id: str) -> Future[None]:
+        return self._sampling.close_session(sampling_session_id)
+
+    @errors_in_future
+    def sample(self, sampling_session_id: str, sample_input: SampleInput) -> Future[SampleResponse]:
+        return self._sampling.sample(sampling_session_id, sample_input)
+
+    @errors_in_future
+    def weights_info(self, path: str) -> Future[WeightsInfoResponse]:
+        return self._saving.weights_info(path)
+
+    @errors_in_future
+    def get_run(self, run_id: str) -> Future[TrainingRun]:
+        return self._saving.get_run(run_id)
+
+    @errors_in_future
+    def list_runs(self, limit: int, offset: int) -> Future[TrainingRunsResponse]:
+        return self._saving.list_runs(limit, offset)
+
+    @errors_in_future
+    def list_checkpoints(self, run_id: str) -> Future[CheckpointsListResponse]:
+        return self._saving.list_checkpoints(run_id)
+
+    @errors_in_future
+    def list_all_checkpoints(self, limit: int, offset: int) -> Future[CheckpointsListResponse]:
+        return self._saving.list_all_checkpoints(limit, offset)
+
+    @errors_in_future
+    def delete_checkpoint(self, path: str) -> Future[None]:
+        return self._saving.delete_checkpoint(path)
