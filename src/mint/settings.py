@@ -68,7 +68,9 @@ def load() -> Settings:
     env = os.environ
     dtype = env.get("MINT_DTYPE") or None
     if dtype is not None and dtype not in DTYPES:
-        raise InputError(f"MINT_DTYPE={dtype!r} is not supported; allowed: {', '.join(DTYPES)}, or unset to let MinT choose")
+        raise InputError(
+            f"MINT_DTYPE={dtype!r} is not supported; allowed: {', '.join(DTYPES)}, or unset to let MinT choose"
+        )
     return Settings(
         home=Path(env.get("MINT_HOME") or Path.home() / ".mint").expanduser().resolve(),
         device=env.get("MINT_DEVICE") or None,

@@ -62,7 +62,9 @@ class APIFuture(Generic[T]):
             except concurrent.futures.TimeoutError:
                 if deadline is not None and time.monotonic() >= deadline:
                     raise self._timeout_error(timeout) from None
-                logger.info("%s: still waiting after %.0f s; the engine is at work", self._what, time.monotonic() - started)
+                logger.info(
+                    "%s: still waiting after %.0f s; the engine is at work", self._what, time.monotonic() - started
+                )
         return self._value()
 
     async def result_async(self, timeout: float | None = None) -> T:
@@ -86,4 +88,3 @@ class APIFuture(Generic[T]):
 
     def __repr__(self) -> str:
         return f"<APIFuture of {self._what}: {'done' if self.done() else 'running'}>"
-

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from collections.abc import Generator
 from typing import Any
@@ -91,7 +92,5 @@ class SamplingClient:
 
 
 def _close(service: Service, sampling_session_id: str) -> None:
-    try:
+    with contextlib.suppress(ClosedError):  # the service itself is gone
         service.close_sampling_session(sampling_session_id)
-    except ClosedError:
-        pass  # the service itself is gone

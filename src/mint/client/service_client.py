@@ -18,8 +18,8 @@ from mint.client.rest_client import RestClient
 from mint.client.sampling_client import SamplingClient
 from mint.client.training_client import TrainingClient
 from mint.errors import ClosedError, InputError
-from mint.service import RunSpec
-from mint.types import GetServerCapabilitiesResponse, LoraConfig
+from mint.service import RunSpec, SamplingSession
+from mint.types import GetInfoResponse, GetServerCapabilitiesResponse, LoraConfig
 from mint.types.requests import check_user_metadata, refuse
 
 
@@ -70,13 +70,15 @@ class ServiceClient:
             first = error.errors()[0]
             raise InputError(str(first.get("ctx", {}).get("error") or f"{first['loc'][0]}: {first['msg']}")) from None
         if not isinstance(base_model, str) or not base_model:
-            raise InputError(f"base_model={base_model!r}: give a hub id such as 'Qwen/Qwen3-0.6B', a folder or a packaged name")
+            raise InputError(
+                f"base_model={base_model!r}: give a hub id such as 'Qwen/Qwen3-0.6B', a folder or a packaged name"
+            )
         return self._create_run(base_model, lora, check_user_metadata(user_metadata))
 
     def _create_run(self, base_model: str, lora: LoraConfig, metadata: dict[str, str]) -> TrainingClient:
         self._check_open()
         spec = RunSpec(self._session_id, base_model, lora, metadata)
-        info = APIFuture(self._service.create_run(spec), what=f"loading {base_model}").result()
+        info = APIFuture[GetInfoResponse](self._service.create_run(spec), what=f"loading {base_model}").result()
         return TrainingClient(self._service, self._session_id, info)
 
     def create_training_client_from_state(
@@ -118,7 +120,9 @@ class ServiceClient:
         self._check_open()
         info = self._service.weights_info(path).result()
         if base_model is not None and base_model != info.base_model:
-            raise InputError(f"checkpoint {path} is of base model {info.base_model!r}, not {base_model!r}; leave base_model out")
+            raise InputError(
+                f"checkpoint {path} is of base model {info.base_model!r}, not {base_model!r}; leave base_model out"
+            )
         assert info.lora_rank is not None
         lora = LoraConfig(
             rank=info.lora_rank,
@@ -142,7 +146,7 @@ class ServiceClient:
         if model_path is None and base_model is None:
             raise InputError("create_sampling_client: give model_path (a checkpoint's path) or base_model")
         created = self._service.create_sampling_session(self._session_id, base_model, model_path)
-        session = APIFuture(created, what=f"loading {model_path or base_model}").result()
+        session = APIFuture[SamplingSession](created, what=f"loading {model_path or base_model}").result()
         return SamplingClient(self._service, session.sampling_session_id, session.base_model)
 
     def create_rest_client(self) -> RestClient:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import threading
 import weakref
@@ -14,7 +15,7 @@ from mint.client.futures import APIFuture
 from mint.client.sampling_client import SamplingClient
 from mint.errors import ClosedError, InputError
 from mint.hub import load_tokenizer
-from mint.service import SaveSpec, Service
+from mint.service import SamplingSession, SaveSpec, Service
 from mint.types import (
     AdamParams,
     Datum,
@@ -89,7 +90,9 @@ class TrainingClient:
         if loss_type_input != "logprobs":
             raise InputError(f"loss_type_input={loss_type_input!r}: only 'logprobs' is supported")
         if not callable(loss_fn):
-            raise InputError(f"loss_fn: expected a function (data, logprobs) -> (loss, metrics), got {type(loss_fn).__name__}")
+            raise InputError(
+                f"loss_fn: expected a function (data, logprobs) -> (loss, metrics), got {type(loss_fn).__name__}"
+            )
         given = prepare_custom_input(data)
         kept = list(data)
 
@@ -176,7 +179,7 @@ class TrainingClient:
     def create_sampling_client(self, model_path: str, retry_config: object = None) -> SamplingClient:
         """Sample from a saved checkpoint."""
         created = self._service.create_sampling_session(self._session_id, None, model_path)
-        session = APIFuture(created, what=f"loading {model_path}").result()
+        session = APIFuture[SamplingSession](created, what=f"loading {model_path}").result()
         return SamplingClient(self._service, session.sampling_session_id, session.base_model)
 
     def get_info(self) -> GetInfoResponse:
@@ -239,16 +242,12 @@ class TrainingClient:
         return f"<TrainingClient {self.model_id} on {self._info.model_name}>"
 
 
-def _save_spec(
-    name: str, ttl_seconds: int | None, overwrite: bool, user_metadata: dict[str, str] | None
-) -> SaveSpec:
+def _save_spec(name: str, ttl_seconds: int | None, overwrite: bool, user_metadata: dict[str, str] | None) -> SaveSpec:
     return SaveSpec(
         check_checkpoint_name(name), check_ttl(ttl_seconds), bool(overwrite), check_user_metadata(user_metadata)
     )
 
 
 def _unload(service: Service, run_id: str) -> None:
-    try:
+    with contextlib.suppress(ClosedError):  # its session was closed before, and the run with it
         service.unload(run_id)
-    except ClosedError:
-        pass  # its session was closed before, and the run with it

@@ -117,10 +117,18 @@ class DecoderBackend:
         return self._report(run_id)
 
     def _warn_if_bits_differ(self, plan: RunPlan) -> None:
-        now = {"dtype": self._limits.dtype, "num_threads": self._limits.num_threads, "torch_version": self._limits.torch_version}
-        changed = [f"{key} {getattr(plan, key)} -> {value}" for key, value in now.items() if getattr(plan, key) != value]
+        now = {
+            "dtype": self._limits.dtype,
+            "num_threads": self._limits.num_threads,
+            "torch_version": self._limits.torch_version,
+        }
+        changed = [
+            f"{key} {getattr(plan, key)} -> {value}" for key, value in now.items() if getattr(plan, key) != value
+        ]
         if changed:
-            logger.warning("this run was trained with other settings (%s): it goes on, but not bit for bit", ", ".join(changed))
+            logger.warning(
+                "this run was trained with other settings (%s): it goes on, but not bit for bit", ", ".join(changed)
+            )
 
     def remove_run(self, run_id: str) -> None:
         del self._trainer.runs[run_id]

@@ -61,7 +61,9 @@ def choose_device(settings: Settings) -> Device:
         device = torch.device(asked)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise InputError(f"MINT_DEVICE={asked!r}: torch cannot use it ({str(error).splitlines()[0]}); try cpu, cuda or mps") from None
+        raise InputError(
+            f"MINT_DEVICE={asked!r}: torch cannot use it ({str(error).splitlines()[0]}); try cpu, cuda or mps"
+        ) from None
     dtype = getattr(torch, settings.dtype) if settings.dtype else default_dtype(device, processor_flags())
     return Device(device, dtype, settings.num_threads or usable_cores())
 

@@ -71,7 +71,10 @@ def adapter_layout(model: DecoderConfig, lora: LoraConfig) -> AdapterLayout:
         (QKV, hidden, {"q_proj": model.q_size, "k_proj": model.kv_size, "v_proj": model.kv_size}, "self_attn"),
         (O, model.q_size, {"o_proj": hidden}, "self_attn"),
     ]
-    mlp = [(GATE_UP, hidden, {"gate_proj": width, "up_proj": width}, "mlp"), (DOWN, width, {"down_proj": hidden}, "mlp")]
+    mlp = [
+        (GATE_UP, hidden, {"gate_proj": width, "up_proj": width}, "mlp"),
+        (DOWN, width, {"down_proj": hidden}, "mlp"),
+    ]
     per_layer = (attn if lora.train_attn else []) + (mlp if lora.train_mlp else [])
     planned = [
         ((layer, site), num_in, {f"model.layers.{layer}.{part}.{name}": size for name, size in outs.items()})
@@ -126,7 +129,9 @@ def adapter_weights(layout: AdapterLayout, flat_P: Tensor, dtype: torch.dtype) -
     for site in layout.sites:
         first = site.modules[0]
         total = rank * len(site.modules)
-        a_RI = flat_P[first.a_offset : first.a_offset + total * site.num_in].view(total, site.num_in).to(dtype, copy=True)
+        a_RI = (
+            flat_P[first.a_offset : first.a_offset + total * site.num_in].view(total, site.num_in).to(dtype, copy=True)
+        )
         b_OR = flat_P.new_zeros((site.num_out, total), dtype=dtype)
         for i, module in enumerate(site.modules):
             block = b_OR[module.row : module.row + module.num_out, i * rank : (i + 1) * rank]
@@ -174,9 +179,7 @@ def lora_forward(x_TI: Tensor, y_TO: Tensor, segments: list[Segment], site: Site
             y_TO[rows].addmm_(x_TI[rows] @ w.a_RI.t(), w.b_OR.t())
 
 
-def lora_backward(
-    grad_TO: Tensor, x_TI: Tensor, grad_x_TI: Tensor | None, segments: list[Segment], site: Site
-) -> None:
+def lora_backward(grad_TO: Tensor, x_TI: Tensor, grad_x_TI: Tensor | None, segments: list[Segment], site: Site) -> None:
     """Add A's and B's gradients to the segments' and, where wanted, the low-rank part of the input's gradient."""
     for segment in segments:
         if (w := segment.at(site)) is None:
@@ -215,5 +218,7 @@ def flat_from_named(layout: AdapterLayout, tensors: Mapping[str, Tensor]) -> Ten
             view.copy_(given)
             left.discard(name)
     if left:
-        raise CheckpointError(f"adapter weights: {len(left)} tensors belong to no trained module, e.g. {sorted(left)[0]}")
+        raise CheckpointError(
+            f"adapter weights: {len(left)} tensors belong to no trained module, e.g. {sorted(left)[0]}"
+        )
     return flat_P

@@ -243,7 +243,9 @@ class Trainer:
 
         return derivative_of
 
-    def _pack(self, parts: Sequence[Part], items: list[_Item], *, with_gradient: bool) -> tuple[PackedRow, list[_Scoring]]:
+    def _pack(
+        self, parts: Sequence[Part], items: list[_Item], *, with_gradient: bool
+    ) -> tuple[PackedRow, list[_Scoring]]:
         tokens, positions, sequences, scorings, start = [], [], [], [], 0
         for number in dict.fromkeys(item.part for item in items):
             part, run, first = parts[number], self.runs[parts[number].run_id], start
@@ -280,12 +282,15 @@ class Trainer:
         return PartResult([], {}, error)
 
 
-def _scoring(number: int, segment: Segment, data: list[PreparedDatum], loss_fn: str) -> _Scoring:
+def _scoring(number: int, segment: Segment, data: Sequence[PreparedDatum], loss_fn: str) -> _Scoring:
     """The segment's pairs, datum after datum, row-major within one."""
     rows = np.arange(segment.start, segment.end)
     lengths = [datum.length for datum in data]
     row_P = np.concatenate(
-        [np.repeat(r, d.targets_NK.shape[1]) for r, d in zip(np.split(rows, np.cumsum(lengths)[:-1]), data, strict=True)]
+        [
+            np.repeat(r, d.targets_NK.shape[1])
+            for r, d in zip(np.split(rows, np.cumsum(lengths)[:-1]), data, strict=True)
+        ]
     )
     inputs = {name: np.concatenate([d.inputs[name].ravel() for d in data]) for name in data[0].inputs}
     weighted = inputs[LOSSES[loss_fn].weight_input] != 0
@@ -300,9 +305,7 @@ def _split_logprobs(data: Sequence[PreparedDatum], scorings: list[_Scoring]) -> 
     """Per datum, in the shape its targets were given in."""
     tensors = [s.logprob_P.cpu().numpy() for s in scorings if s.logprob_P is not None]
     pieces = np.split(np.concatenate(tensors), np.cumsum([d.targets_NK.size for d in data])[:-1])
-    return [
-        piece if d.flat else piece.reshape(d.targets_NK.shape) for piece, d in zip(pieces, data, strict=True)
-    ]
+    return [piece if d.flat else piece.reshape(d.targets_NK.shape) for piece, d in zip(pieces, data, strict=True)]
 
 
 def _as_cross_entropy(data: Sequence[PreparedDatum], weights: Sequence[np.ndarray]) -> TrainingInput:
@@ -326,7 +329,8 @@ def _custom_gradient(loss: CustomLoss, logprobs: list[FloatArray]) -> tuple[floa
             )
         gradients = torch.autograd.grad(value, leaves, allow_unused=True)
     arrays = [
-        np.zeros_like(array) if gradient is None else gradient.numpy() for gradient, array in zip(gradients, logprobs, strict=True)
+        np.zeros_like(array) if gradient is None else gradient.numpy()
+        for gradient, array in zip(gradients, logprobs, strict=True)
     ]
     if not all(np.isfinite(array).all() for array in arrays) or not np.isfinite(float(value.detach())):
         raise NumericsError("forward_backward_custom: the loss or its gradient by the logprobs is not finite")

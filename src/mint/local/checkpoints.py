@@ -140,11 +140,15 @@ def read_manifest(folder: Path, path: str) -> Manifest:
     recover(folder)
     file = folder / MANIFEST
     if not file.is_file():
-        raise CheckpointNotFoundError(f"no checkpoint {path}; list what there is with RestClient.list_user_checkpoints()")
+        raise CheckpointNotFoundError(
+            f"no checkpoint {path}; list what there is with RestClient.list_user_checkpoints()"
+        )
     try:
         manifest = Manifest.model_validate_json(file.read_bytes())
     except ValidationError as error:
-        raise CheckpointError(f"checkpoint {path}: its manifest is damaged or from another program ({error.errors()[0]['msg']})") from None
+        raise CheckpointError(
+            f"checkpoint {path}: its manifest is damaged or from another program ({error.errors()[0]['msg']})"
+        ) from None
     if manifest.format != FORMAT:
         raise CheckpointError(f"checkpoint {path}: format {manifest.format}, this MinT reads format {FORMAT}")
     if manifest.expires_at is not None and manifest.expires_at < datetime.now(UTC):
@@ -156,12 +160,16 @@ def read_checkpoint(folder: Path, path: str, *, optimizer: bool) -> tuple[Manife
     """Every file is compared with its recorded SHA-256 before it is used."""
     manifest = read_manifest(folder, path)
     if optimizer and manifest.checkpoint_type != "training":
-        raise CheckpointError(f"checkpoint {path} holds sampler weights only, no optimizer; load it without the optimizer")
+        raise CheckpointError(
+            f"checkpoint {path} holds sampler weights only, no optimizer; load it without the optimizer"
+        )
     wanted = [ADAPTER, *([OPTIMIZER] if optimizer else [])]
     for name in wanted:
         file = folder / name
         if not file.is_file() or _sha256(file) != manifest.sha256.get(name):
-            raise CheckpointError(f"checkpoint {path}: {name} is missing or damaged (its SHA-256 differs from the manifest's)")
+            raise CheckpointError(
+                f"checkpoint {path}: {name} is missing or damaged (its SHA-256 differs from the manifest's)"
+            )
     try:
         tensors = load_file(folder / ADAPTER)
         moments = load_file(folder / OPTIMIZER) if optimizer else {}

@@ -81,7 +81,9 @@ class SamplingOps:
             stop_tokens = stop_tokens | set(record.backend.limits.eos_token_ids)
         new_check = None
         if params.stop_strings:
-            new_check = functools.partial(new_stop_check, params.stop_strings, self._core.decode_function(record.source))
+            new_check = functools.partial(
+                new_stop_check, params.stop_strings, self._core.decode_function(record.source)
+            )
         return GenerateRequest(
             prompt=sample_input.prompt,
             adapter=record.adapter,
@@ -125,4 +127,3 @@ def _response(sample_input: SampleInput, results: list[Generation | PromptScores
         topk_prompt_logprobs=scores.topk if scores is not None else None,
         prompt_cache_hit_tokens=generation.cached_tokens if generation is not None else 0,
     )
-

@@ -18,6 +18,7 @@ from mint.types import (
     CheckpointsListResponse,
     Cursor,
     LoadWeightsResponse,
+    LoraConfig,
     ParsedCheckpointTinkerPath,
     SaveWeightsForSamplerResponse,
     SaveWeightsResponse,
@@ -50,7 +51,9 @@ class SavingOps:
             record = SamplerRecord(
                 run.record.tenant, run.source, run.backend, run.backend.snapshot(run_id), model_path=None
             )
-            return SaveWeightsForSamplerResponse(sampling_session_id=add_sampler(self._core, session_id, session, record))
+            return SaveWeightsForSamplerResponse(
+                sampling_session_id=add_sampler(self._core, session_id, session, record)
+            )
 
         return self._core.scheduler.submit(run_id, seq_id, CallJob(save, Future()))
 
@@ -156,8 +159,8 @@ def add_sampler(core: Core, session_id: str, session: Session, record: SamplerRe
     return sampler_id
 
 
-def _flags(lora: object) -> tuple[bool, bool, bool]:
-    return tuple(getattr(lora, f"train_{part}") for part in ("unembed", "mlp", "attn"))  # type: ignore[return-value]
+def _flags(lora: LoraConfig) -> tuple[bool, bool, bool]:
+    return lora.train_unembed, lora.train_mlp, lora.train_attn
 
 
 def _shape(shape: tuple[object, ...]) -> str:

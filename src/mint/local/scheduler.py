@@ -5,6 +5,7 @@ Knows the Backend and jobs; nothing of files, sessions or tenants' rights. One t
 
 from __future__ import annotations
 
+import functools
 import logging
 import threading
 import time
@@ -110,7 +111,9 @@ class Scheduler:
     def submit(self, run_id: str | None, seq_id: int, job: Job) -> Future[Any]:
         """Set the job running in its turn. Raises ClosedError after `close`, OperationError from the engine thread."""
         if threading.current_thread() is self._thread:
-            raise OperationError("a loss function runs inside the engine and cannot call MinT; compute outside and pass the numbers in")
+            raise OperationError(
+                "a loss function runs inside the engine and cannot call MinT; compute outside and pass the numbers in"
+            )
         job.future.set_running_or_notify_cancel()  # from here on no waiter can cancel it
         with self._changed:
             if self._closing:
@@ -205,7 +208,9 @@ class Scheduler:
         return bool(self._new_samples) or self._trains() or bool(self._samples)
 
     def _trains(self) -> bool:
-        return self._current is not None or bool(self._loose) or any(q.next_seq in q.jobs for q in self._queues.values())
+        return (
+            self._current is not None or bool(self._loose) or any(q.next_seq in q.jobs for q in self._queues.values())
+        )
 
     def _one_unit(self) -> None:
         with self._changed:
@@ -277,7 +282,10 @@ class Scheduler:
                 heads.append(Head(run_id, queue.tenant, arrived, joins))
         if self._loose and (not heads or self._loose[0][0] <= min(h.arrived for h in heads)):
             return [("", self._loose.pop(0)[1])]
-        return [(run_id, self._queues[run_id].jobs[self._queues[run_id].next_seq][1]) for run_id in next_heads(heads, self._spent_by_tenant)]
+        return [
+            (run_id, self._queues[run_id].jobs[self._queues[run_id].next_seq][1])
+            for run_id in next_heads(heads, self._spent_by_tenant)
+        ]
 
     def _start_pass(self, chosen: list[tuple[str, Job]]) -> None:
         """Whoever's input the model cannot take fails alone; the others share the pass."""
@@ -307,7 +315,7 @@ class Scheduler:
             if result.error is not None:
                 self._fail([(run_id, job)], result.error)
             else:
-                self._settle((run_id, job), lambda job=job, result=result: job.finish(result))
+                self._settle((run_id, job), functools.partial(job.finish, result))
 
     def _fail(self, jobs: list[tuple[str, Job]], error: BaseException) -> None:
         for run_id, job in jobs:
@@ -339,7 +347,7 @@ class Scheduler:
                 queue.jobs.pop(queue.next_seq, None)
                 queue.next_seq += 1
 
-    def _fail_all(self, error: ClosedError) -> None:
+    def _fail_all(self, error: BaseException) -> None:
         with self._changed:
             waiting = [job.future for _, job in self._loose]
             waiting += [job.future for queue in self._queues.values() for _, job in queue.jobs.values()]

@@ -139,9 +139,7 @@ class TrainingOps:
             if key.endswith(":sum"):
                 run.since_step[key] = run.since_step.get(key, 0.0) + value
         outputs = [{"logprobs": TensorData(array)} for array in result.logprobs]
-        return ForwardBackwardOutput(
-            loss_fn_output_type="ArrayRecord", loss_fn_outputs=outputs, metrics=result.metrics
-        )
+        return ForwardBackwardOutput(loss_fn_output_type="ArrayRecord", loss_fn_outputs=outputs, metrics=result.metrics)
 
     def optim_step(self, run_id: str, seq_id: int, params: AdamParams) -> Future[OptimStepResponse]:
         run = self.loaded(run_id)
@@ -160,5 +158,3 @@ class TrainingOps:
             return OptimStepResponse(metrics=metrics)
 
         return self._core.scheduler.submit(run_id, seq_id, CallJob(step, Future()))
-
-

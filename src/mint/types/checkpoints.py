@@ -19,7 +19,9 @@ _RUN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:\-]{0,254}")
 def check_checkpoint_name(name: object) -> str:
     """A checkpoint name as given, or InputError: 1-255 of A-Z a-z 0-9 _ - . and no leading dot or dash."""
     if not isinstance(name, str) or not _NAME.fullmatch(name):
-        raise InputError(f"checkpoint name {name!r}: use 1 to 255 letters, digits, '_', '-' or '.', starting with a letter, digit or '_'")
+        raise InputError(
+            f"checkpoint name {name!r}: use 1 to 255 letters, digits, '_', '-' or '.', starting with a letter, digit or '_'"
+        )
     return name
 
 

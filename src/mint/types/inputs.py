@@ -57,6 +57,8 @@ class EncodedTextChunk(BaseModel):
     def __repr__(self) -> str:
         return f"EncodedTextChunk({self.length} tokens)"
 
+    __str__ = __repr__
+
 
 class ModelInput(BaseModel):
     """A sequence of chunks; MinT runs text, so every chunk is an EncodedTextChunk (others raise UnsupportedError)."""
@@ -101,6 +103,8 @@ class ModelInput(BaseModel):
     def __repr__(self) -> str:
         return f"ModelInput({self.length} tokens)"
 
+    __str__ = __repr__
+
 
 class Datum(BaseModel):
     """One training example: N input tokens and, per loss input, N values (or N x K for cross_entropy).
@@ -123,6 +127,8 @@ class Datum(BaseModel):
 
     def __repr__(self) -> str:
         return f"Datum({self.model_input.length} tokens, inputs: {', '.join(self.loss_fn_inputs) or 'none'})"
+
+    __str__ = __repr__
 
 
 def _loss_input(name: str, value: object) -> TensorData:

@@ -85,7 +85,9 @@ class SamplingParams(BaseModel):
         elif isinstance(value, Sequence):
             value = items = list(value)
         else:
-            raise InputError(f"stop: expected a string, a list of strings or a list of token ids, got {type(value).__name__}")
+            raise InputError(
+                f"stop: expected a string, a list of strings or a list of token ids, got {type(value).__name__}"
+            )
         if not (all(isinstance(s, str) for s in items) or all(type(s) is int for s in items)):
             raise InputError("stop: give strings or token ids, not both in one list; stop_token_ids takes further ids")
         if any(s == "" for s in items):
@@ -124,5 +126,3 @@ class SamplingParams(BaseModel):
     @property
     def stops_at_end_of_text(self) -> bool:
         return self.stop != []
-
-

@@ -78,9 +78,13 @@ def prepare_training_input(
     if config.keys() >= {"clip_low_threshold", "clip_high_threshold"}:
         low, high = config["clip_low_threshold"], config["clip_high_threshold"]
         if not 0 <= low <= high:
-            raise InputError(f"clip_low_threshold={low}, clip_high_threshold={high}: ratio bounds need 0 <= low <= high")
+            raise InputError(
+                f"clip_low_threshold={low}, clip_high_threshold={high}: ratio bounds need 0 <= low <= high"
+            )
     rows = _datum_list(data)
-    return TrainingInput(tuple(_prepare(i, datum, loss_fn, loss.inputs) for i, datum in enumerate(rows)), loss_fn, config)
+    return TrainingInput(
+        tuple(_prepare(i, datum, loss_fn, loss.inputs) for i, datum in enumerate(rows)), loss_fn, config
+    )
 
 
 def prepare_custom_input(data: Sequence[Datum]) -> TrainingInput:
@@ -109,24 +113,40 @@ def _prepare(index: int, datum: Datum, loss_fn: str, required: tuple[str, ...]) 
     given = datum.loss_fn_inputs
     missing = [name for name in ("target_tokens", *required) if name not in given]
     if missing:
-        raise InputError(f"{where}: {loss_fn} needs loss_fn_inputs {', '.join(repr(m) for m in missing)}; given: {', '.join(given) or 'none'}")
+        raise InputError(
+            f"{where}: {loss_fn} needs loss_fn_inputs {', '.join(repr(m) for m in missing)}; given: {', '.join(given) or 'none'}"
+        )
     if required and (unknown := [name for name in given if name not in ("target_tokens", *required)]):
-        raise InputError(f"{where}: {loss_fn} takes no loss_fn_inputs {', '.join(repr(u) for u in unknown)}; it takes target_tokens, {', '.join(required)}")
+        raise InputError(
+            f"{where}: {loss_fn} takes no loss_fn_inputs {', '.join(repr(u) for u in unknown)}; it takes target_tokens, {', '.join(required)}"
+        )
     targets = given["target_tokens"].to_numpy()
     if given["target_tokens"].dtype != "int64":
         raise InputError(f"{where}: target_tokens are token ids (int64), got float32")
-    if targets.ndim not in (1, 2) or len(targets) != num_tokens or (targets.ndim == 2 and not LOSSES[loss_fn].multi_target):
+    if (
+        targets.ndim not in (1, 2)
+        or len(targets) != num_tokens
+        or (targets.ndim == 2 and not LOSSES[loss_fn].multi_target)
+    ):
         shapes = f"[{num_tokens}]" + (f" or [{num_tokens}, K]" if LOSSES[loss_fn].multi_target else "")
-        raise InputError(f"{where}: target_tokens has shape {list(targets.shape)}, but model_input has {num_tokens} tokens: expected {shapes}")
+        raise InputError(
+            f"{where}: target_tokens has shape {list(targets.shape)}, but model_input has {num_tokens} tokens: expected {shapes}"
+        )
     if targets.size and targets.min() < 0:
-        raise InputError(f"{where}: target_tokens holds {targets.min()}; token ids are not negative (mask with weight 0, not with -100)")
+        raise InputError(
+            f"{where}: target_tokens holds {targets.min()}; token ids are not negative (mask with weight 0, not with -100)"
+        )
     inputs = {}
     for name in required:
         values = given[name].to_numpy()
         if values.shape != targets.shape:
-            raise InputError(f"{where}: {name} has shape {list(values.shape)}, target_tokens {list(targets.shape)}: they must agree")
+            raise InputError(
+                f"{where}: {name} has shape {list(values.shape)}, target_tokens {list(targets.shape)}: they must agree"
+            )
         if not np.isfinite(values).all():
-            raise InputError(f"{where}: {name} holds NaN or infinity at position {int(np.argmax(~np.isfinite(values).ravel()))}")
+            raise InputError(
+                f"{where}: {name} holds NaN or infinity at position {int(np.argmax(~np.isfinite(values).ravel()))}"
+            )
         inputs[name] = np.array(values, np.float32).reshape(num_tokens, -1)
     return PreparedDatum(tokens_N, np.array(targets, np.int64).reshape(num_tokens, -1), inputs, flat=targets.ndim == 1)
 
@@ -142,7 +162,9 @@ def prepare_sample_input(
 ) -> SampleInput:
     """Check and copy. Raises InputError naming the argument."""
     if not isinstance(prompt, ModelInput):
-        raise InputError(f"prompt: expected types.ModelInput (e.g. ModelInput.from_ints(tokens)), got {type(prompt).__name__}")
+        raise InputError(
+            f"prompt: expected types.ModelInput (e.g. ModelInput.from_ints(tokens)), got {type(prompt).__name__}"
+        )
     if not isinstance(params, SamplingParams):
         raise InputError(f"sampling_params: expected types.SamplingParams, got {type(params).__name__}")
     if prompt.length == 0:
@@ -166,7 +188,9 @@ def refuse(option: str, value: object) -> None:
 def check_ttl(ttl_seconds: int | None) -> int | None:
     """One hour to ten years, or None for good."""
     if ttl_seconds is not None and not (isinstance(ttl_seconds, int) and 3600 <= ttl_seconds <= 10 * 365 * 86_400):
-        raise InputError(f"ttl_seconds={ttl_seconds!r}: must be None (keep) or a whole number from 3600 (an hour) to ten years")
+        raise InputError(
+            f"ttl_seconds={ttl_seconds!r}: must be None (keep) or a whole number from 3600 (an hour) to ten years"
+        )
     return ttl_seconds
 
 
@@ -174,7 +198,9 @@ def check_user_metadata(metadata: Any) -> dict[str, str]:
     """A copy of `metadata`; keys and values are strings, 64 KiB in all."""
     if metadata is None:
         return {}
-    if not isinstance(metadata, Mapping) or not all(isinstance(k, str) and isinstance(v, str) for k, v in metadata.items()):
+    if not isinstance(metadata, Mapping) or not all(
+        isinstance(k, str) and isinstance(v, str) for k, v in metadata.items()
+    ):
         raise InputError("user_metadata: expected a dict of strings to strings")
     if sum(len(k) + len(v) for k, v in metadata.items()) > 65_536:
         raise InputError("user_metadata: more than 64 KiB; store large things elsewhere and put a reference here")

@@ -24,6 +24,8 @@ class ForwardBackwardOutput(BaseModel):
     def __repr__(self) -> str:
         return f"ForwardBackwardOutput({len(self.loss_fn_outputs)} datums, metrics={self.metrics})"
 
+    __str__ = __repr__
+
 
 class OptimStepResponse(BaseModel):
     """metrics: step, learning_rate, grad_norm (before clipping), update_norm; `no_gradient` = 1 where nothing was done."""
@@ -73,6 +75,8 @@ class SampledSequence(BaseModel):
     def __repr__(self) -> str:
         return f"SampledSequence({len(self.tokens)} tokens, stop_reason={self.stop_reason!r})"
 
+    __str__ = __repr__
+
 
 class SampleResponse(BaseModel):
     """prompt_logprobs[i] = log p(prompt[i] | prompt[:i]); entry 0 is None. The same holds for topk_prompt_logprobs."""
@@ -86,6 +90,8 @@ class SampleResponse(BaseModel):
 
     def __repr__(self) -> str:
         return f"SampleResponse({self.sequences})"
+
+    __str__ = __repr__
 
 
 class ModelData(BaseModel):

@@ -29,7 +29,9 @@ def as_numpy(values: object, name: str = "value") -> npt.NDArray[Any]:
         tensor = detach().cpu()
         values = tensor.float().numpy() if tensor.dtype.is_floating_point else tensor.numpy()
     if isinstance(values, (str, bytes, dict, set)) or not isinstance(values, (np.ndarray, np.generic, Sequence)):
-        raise InputError(f"{name}: expected a list, numpy array or torch tensor of numbers, got {type(values).__name__}")
+        raise InputError(
+            f"{name}: expected a list, numpy array or torch tensor of numbers, got {type(values).__name__}"
+        )
     try:
         array = np.array(values)
     except ValueError as error:
@@ -166,7 +168,9 @@ def _dense_from_csr(
         or (np.diff(crow) < 0).any()
         or (len(col) and (col.min() < 0 or col.max() >= cols))
     ):
-        raise InputError(f"TensorData: the CSR indices do not describe a {rows} x {cols} matrix of {len(values)} values")
+        raise InputError(
+            f"TensorData: the CSR indices do not describe a {rows} x {cols} matrix of {len(values)} values"
+        )
     dense = np.zeros((rows, cols), values.dtype)
     dense[np.repeat(np.arange(rows), np.diff(crow)), col] = values
     return dense

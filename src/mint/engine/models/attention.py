@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from functools import cache
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -40,7 +41,7 @@ def _probabilities(ws: Workspace, q_KGE: Tensor, k_KnE: Tensor, rows: int) -> Te
 def _blocks(first: int, end: int) -> list[tuple[int, int]]:
     """Query rows [first, end) cut at multiples of QUERY_BLOCK counted from row 0."""
     borders = [first, *range((first // QUERY_BLOCK + 1) * QUERY_BLOCK, end, QUERY_BLOCK), end]
-    return list(zip(borders[:-1], borders[1:], strict=True))
+    return list(pairwise(borders))
 
 
 def attend(ws: Workspace, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> None:

@@ -74,7 +74,9 @@ def decoder_config(raw: Mapping[str, Any], generation: Mapping[str, Any] | None 
     kv_heads = int(raw.get("num_key_value_heads") or heads)
     head_dim = int(raw.get("head_dim") or (128 if model_type == "qwen3" else hidden // heads))
     if heads % kv_heads or head_dim % 2:
-        raise InputError(f"config.json: {heads} heads, {kv_heads} key/value heads, head_dim {head_dim} do not fit together")
+        raise InputError(
+            f"config.json: {heads} heads, {kv_heads} key/value heads, head_dim {head_dim} do not fit together"
+        )
     bias = bool(raw.get("attention_bias", False))
     return DecoderConfig(
         model_type=model_type,

@@ -151,7 +151,9 @@ class Decoder:
 
     def _silu_gate(self, name: str, gate_up: Tensor) -> Tensor:
         gate = gate_up.chunk(2, dim=-1)[0]
-        return torch.ops.aten.silu.out(gate, out=self._buffer(name, *gate.shape))
+        out = self._buffer(name, *gate.shape)
+        torch.ops.aten.silu.out(gate, out=out)
+        return out
 
     def _rotate_heads(self, raw_TO: Tensor, act: LayerActivations, w: LayerWeights, rope: RopeTable) -> None:
         """Split the projection into heads, normalise q and k where the model does, rotate q and k."""
@@ -172,7 +174,7 @@ class Decoder:
     def split_heads(self, qkv_NTE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Views q [K, G, T, E], k and v [K, T, E]; G query heads share a key/value head."""
         c = self.config
-        q, k, v = qkv_NTE.split([c.num_heads, c.num_kv_heads, c.num_kv_heads])
+        q, k, v = torch.split(qkv_NTE, [c.num_heads, c.num_kv_heads, c.num_kv_heads])
         return q.view(c.num_kv_heads, c.num_heads // c.num_kv_heads, *q.shape[1:]), k, v
 
     def grouped(self, flat_TH: Tensor) -> Tensor:
@@ -189,9 +191,7 @@ class Decoder:
 
         return attention
 
-    def backward(
-        self, row: PackedRow, grad_TD: Tensor, kept: list[LayerActivations]
-    ) -> Generator[None, None, None]:
+    def backward(self, row: PackedRow, grad_TD: Tensor, kept: list[LayerActivations]) -> Generator[None, None, None]:
         """Adapter gradients of every layer. grad_TD: float32 gradient by the last layer's output, overwritten."""
         rope = rope_table(self.config.rope, row.positions_T, self.dtype)
         for index in range(self.config.num_layers - 1, -1, -1):
@@ -237,7 +237,11 @@ class Decoder:
         torch.mm(grad_out, w.o_DH, out=grad_attn_TH)
         lora_backward(grad_out, act.attn_TH, grad_attn_TH, row.segments, (index, O))
         grad_qkv_NTE = self._buffer("grad_qkv", *act.qkv_NTE.shape)
-        qkv, grads, grad_attn = self.split_heads(act.qkv_NTE), self.split_heads(grad_qkv_NTE), self.grouped(grad_attn_TH)
+        qkv, grads, grad_attn = (
+            self.split_heads(act.qkv_NTE),
+            self.split_heads(grad_qkv_NTE),
+            self.grouped(grad_attn_TH),
+        )
         for start, end in row.sequences:
             q, k, v = (t[..., start:end, :] for t in qkv)
             grad_q, grad_k, grad_v = (t[..., start:end, :] for t in grads)

@@ -17,7 +17,7 @@ from mint.engine.models.config import RopeConfig
 def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor) -> Tensor:
     """Normalise the last axis of `x` into `out`; returns 1 / rms, float32, of shape [..., 1]."""
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-    rstd = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+    rstd: Tensor = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
     torch.mul(x * rstd, weight, out=out)
     return rstd
 
@@ -69,5 +69,3 @@ def rotate(x_NTE: Tensor, table: RopeTable, out_NTE: Tensor) -> None:
 def rotate_backward(grad_NTE: Tensor, table: RopeTable, out_NTE: Tensor) -> None:
     """The inverse rotation, which is the transpose."""
     rotate(grad_NTE, RopeTable(table.cos, -table.sin), out_NTE)
-
-

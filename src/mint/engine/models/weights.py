@@ -83,7 +83,8 @@ class _Checkpoint:
             if Path(name).name != name or not path.is_file():
                 raise ModelNotFoundError(f"{folder} lacks the weight file {name!r}; MinT reads safetensors only")
             handle = safe_open(path, framework="pt")
-            self._file_of.update(dict.fromkeys(handle.keys(), handle))
+            names: list[str] = handle.keys()  # type: ignore[no-untyped-call]
+            self._file_of.update(dict.fromkeys(names, handle))
         self.unread = set(self._file_of)
 
     def __contains__(self, name: str) -> bool:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -107,7 +108,9 @@ class Sampler:
             del self._requests[request.number]
         return [Generation(r.number, [_sampled(s) for s in r.sequences], r.cached_tokens) for r in done]
 
-    def _forward(self, tokens: list[int], positions: list[int], segments: list[Segment], attention: Attention) -> Tensor:
+    def _forward(
+        self, tokens: list[int], positions: list[int], segments: list[Segment], attention: Attention
+    ) -> Tensor:
         device = self._decoder.device
         row = PackedRow(torch.tensor(tokens, device=device), torch.tensor(positions, device=device), [], segments)
         work = self._decoder.forward(row, attention, keep=False)
@@ -185,7 +188,7 @@ class Sampler:
         """Runs of equal adapters."""
         adapters = [request.given.adapter for request, _ in pairs]
         borders = [0, *(i for i in range(1, len(adapters)) if adapters[i] != adapters[i - 1]), len(adapters)]
-        return [Segment(a, b, pairs[a][0].weights) for a, b in zip(borders[:-1], borders[1:], strict=True)]
+        return [Segment(a, b, pairs[a][0].weights) for a, b in pairwise(borders)]
 
     def _choose(self, final_BD: Tensor, pairs: list[tuple[_Request, _Sequence]]) -> None:
         """The next token of every row, its logprob at temperature 1, and whether the sequence ends with it."""
@@ -196,9 +199,7 @@ class Sampler:
             if (lora := segment.at(UNEMBED_SITE)) is not None:
                 rows = slice(segment.start, segment.end)
                 logits_BV[rows].addmm_(normed_BD[rows] @ lora.a_RI.t(), lora.b_OR.t())
-        choices = [
-            Choice(r.given.temperature, r.given.top_k, r.given.top_p, s.random.random()) for r, s in pairs
-        ]
+        choices = [Choice(r.given.temperature, r.given.top_k, r.given.top_p, s.random.random()) for r, s in pairs]
         tokens = choose(logits_BV, choices)
         logprobs = self._logprobs(normed_BD, logits_BV, tokens, segments)
         for i, (request, sequence) in enumerate(pairs):
@@ -208,7 +209,9 @@ class Sampler:
                 sequence.topk.append(top_logprobs(logits_BV[i : i + 1], request.given.num_topk)[0])
             sequence.stop_reason = _stop_reason(request.given, sequence)
 
-    def _logprobs(self, normed_BD: Tensor, logits_BV: Tensor, tokens: list[int], segments: list[Segment]) -> list[float]:
+    def _logprobs(
+        self, normed_BD: Tensor, logits_BV: Tensor, tokens: list[int], segments: list[Segment]
+    ) -> list[float]:
         """As the head scores targets: in bf16 the token's logit is exact and takes the rounded one's place."""
         token_B = torch.tensor(tokens, device=logits_BV.device)
         normaliser_B = log_normaliser(logits_BV)

