@@ -12,8 +12,9 @@ from peers import base, machine, tokenizer
 from transformers import AutoModelForCausalLM
 
 import mint
-from mint import types
+from mint import settings, types
 from mint.data import load_demo
+from mint.engine.device import choose_device
 
 
 class Generate:
@@ -53,8 +54,9 @@ def main() -> None:
     service = mint.ServiceClient()
     client = service.create_sampling_client(base_model="SmolLM2-135M-Instruct")
     client.sample(types.ModelInput.from_ints([1]), 1, types.SamplingParams(max_tokens=1)).result()
-    dtype = torch.bfloat16 if "bfloat16" in repr(service.get_server_capabilities()) else None
-    peer = Generate(dtype or torch.bfloat16)
+    device = choose_device(settings.load())
+    torch.set_num_threads(device.num_threads)
+    peer = Generate(device.dtype)
     train, _ = load_demo()
     rendered = [
         peer.tokenizer.apply_chat_template(row[:1], add_generation_prompt=True, return_dict=False) for row in train
@@ -77,6 +79,7 @@ def main() -> None:
             "greedy_agrees_for_tokens": next(
                 (i for i, (a, b) in enumerate(zip(*greedy, strict=True)) if a != b), len(greedy[0])
             ),
+            "dtype": str(device.dtype).removeprefix("torch."),
             **machine(),
         }
         print(json.dumps(result), flush=True)

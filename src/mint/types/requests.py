@@ -118,7 +118,8 @@ def _prepare(index: int, datum: Datum, loss_fn: str, required: tuple[str, ...]) 
         )
     if required and (unknown := [name for name in given if name not in ("target_tokens", *required)]):
         raise InputError(
-            f"{where}: {loss_fn} takes no loss_fn_inputs {', '.join(repr(u) for u in unknown)}; it takes target_tokens, {', '.join(required)}"
+            f"{where}: {loss_fn} takes no loss_fn_inputs {', '.join(repr(u) for u in unknown)}; "
+            f"it takes target_tokens, {', '.join(required)}"
         )
     targets = given["target_tokens"].to_numpy()
     if given["target_tokens"].dtype != "int64":
