@@ -69,14 +69,6 @@ def activation_width(config: DecoderConfig) -> int:
     return 2 * config.hidden_size + config.qkv_size + raw + config.q_size + 2 * config.intermediate_size
 
 
-def _linear(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None = None) -> Tensor:
-    """out = x W^T (+ bias) (+ residual), the sum rounded once where the kernel can."""
-    if residual is not None:
-        torch.addmm(residual, x, weight.t(), out=out)
-        return out if bias is None else out.add_(bias)
-    return torch.mm(x, weight.t(), out=out) if bias is None else torch.addmm(bias, x, weight.t(), out=out)
-
-
 class Decoder:
     """A frozen base model in one dtype on one device, with its scratch memory."""
 
@@ -136,17 +128,17 @@ class Decoder:
         normed_TD = self._buffer("normed", num_tokens, c.hidden_size)
         act.x_rstd = rms_norm(act.x_TD, w.input_norm_D, c.rms_norm_eps, normed_TD)
         raw_TO = act.raw_TO if act.raw_TO is not None else self._buffer("raw", num_tokens, c.qkv_size)
-        _linear(raw_TO, normed_TD, w.qkv_OD, w.qkv_bias_O)
+        w.qkv.forward(normed_TD, raw_TO)
         lora_forward(normed_TD, raw_TO, row.segments, (index, QKV))
         self._rotate_heads(raw_TO, act, w, rope)
         attention(index, act.qkv_NTE, act.attn_TH)
-        _linear(act.mid_TD, act.attn_TH, w.o_DH, w.o_bias_D, residual=act.x_TD)
+        w.o.forward(act.attn_TH, act.mid_TD, act.x_TD)
         lora_forward(act.attn_TH, act.mid_TD, row.segments, (index, O))
         act.mid_rstd = rms_norm(act.mid_TD, w.mlp_norm_D, c.rms_norm_eps, normed_TD)
-        _linear(act.gate_up, normed_TD, w.gate_up, w.gate_up_bias)
+        w.gate_up.forward(normed_TD, act.gate_up)
         lora_forward(normed_TD, act.gate_up, row.segments, (index, GATE_UP))
         hidden_TF = self._silu_gate("mlp", act.gate_up).mul_(act.gate_up.chunk(2, dim=-1)[1])
-        _linear(out_TD, hidden_TF, w.down_DF, w.down_bias_D, residual=act.mid_TD)
+        w.down.forward(hidden_TF, out_TD, act.mid_TD)
         lora_forward(hidden_TF, out_TD, row.segments, (index, DOWN))
 
     def _silu_gate(self, name: str, gate_up: Tensor) -> Tensor:
@@ -176,6 +168,11 @@ class Decoder:
         c = self.config
         q, k, v = torch.split(qkv_NTE, [c.num_heads, c.num_kv_heads, c.num_kv_heads])
         return q.view(c.num_kv_heads, c.num_heads // c.num_kv_heads, *q.shape[1:]), k, v
+
+    def keys_values(self, qkv_NTE: Tensor) -> Tensor:
+        """View [2, K, T, E] of the keys and values."""
+        c = self.config
+        return qkv_NTE[c.num_heads :].view(2, c.num_kv_heads, *qkv_NTE.shape[1:])
 
     def grouped(self, flat_TH: Tensor) -> Tensor:
         """[T, H] seen as [T, K, G, E]."""
@@ -212,7 +209,7 @@ class Decoder:
         hidden_TF = self._buffer("mlp", num_tokens, c.intermediate_size)
         torch.mul(silu_TF, act.gate_up.chunk(2, dim=-1)[1], out=hidden_TF)
         grad_hidden_TF = self._buffer("grad_mlp", num_tokens, c.intermediate_size)
-        torch.mm(grad_out, w.down_DF, out=grad_hidden_TF)
+        w.down.backward(grad_out, grad_hidden_TF)
         lora_backward(grad_out, hidden_TF, grad_hidden_TF, row.segments, (index, DOWN))
         grad_gate_up = self._buffer("grad_gate_up", num_tokens, 2 * c.intermediate_size)
         swiglu_backward(grad_hidden_TF, act.gate_up, silu_TF, grad_gate_up)
@@ -223,7 +220,7 @@ class Decoder:
             lora_backward(grad_gate_up, normed_TD, None, row.segments, (index, GATE_UP))
             return
         grad_normed_TD = self._buffer("grad_normed", num_tokens, c.hidden_size)
-        torch.mm(grad_gate_up, w.gate_up, out=grad_normed_TD)
+        w.gate_up.backward(grad_gate_up, grad_normed_TD)
         lora_backward(grad_gate_up, normed_TD, grad_normed_TD, row.segments, (index, GATE_UP))
         grad_TD.add_(rms_norm_backward(grad_normed_TD, act.mid_TD, w.mlp_norm_D, act.mid_rstd))
 
@@ -234,7 +231,7 @@ class Decoder:
         num_tokens = len(grad_TD)
         grad_out = self._buffer("grad_out", num_tokens, c.hidden_size).copy_(grad_TD)
         grad_attn_TH = self._buffer("grad_attn", num_tokens, c.q_size)
-        torch.mm(grad_out, w.o_DH, out=grad_attn_TH)
+        w.o.backward(grad_out, grad_attn_TH)
         lora_backward(grad_out, act.attn_TH, grad_attn_TH, row.segments, (index, O))
         grad_qkv_NTE = self._buffer("grad_qkv", *act.qkv_NTE.shape)
         qkv, grads, grad_attn = (
@@ -254,7 +251,7 @@ class Decoder:
             lora_backward(grad_raw_TO, normed_TD, None, row.segments, (index, QKV))
             return
         grad_normed_TD = self._buffer("grad_normed", num_tokens, c.hidden_size)
-        torch.mm(grad_raw_TO, w.qkv_OD, out=grad_normed_TD)
+        w.qkv.backward(grad_raw_TO, grad_normed_TD)
         lora_backward(grad_raw_TO, normed_TD, grad_normed_TD, row.segments, (index, QKV))
         grad_TD.add_(rms_norm_backward(grad_normed_TD, act.x_TD, w.input_norm_D, act.x_rstd))
 

@@ -45,7 +45,8 @@ class Head:
         self._decoder = decoder
         self._eps = decoder.config.rms_norm_eps
         self._norm_D = decoder.weights.final_norm_D
-        self._unembed_VD = decoder.weights.unembed_VD
+        self._unembed = decoder.weights.unembed
+        self._unembed_VD = self._unembed.weight_OI
 
     def normalise(self, final_TD: Tensor) -> tuple[Tensor, Tensor]:
         """Normed rows in the base dtype and 1 / rms, for the backward."""
@@ -59,7 +60,7 @@ class Head:
     def logits(self, normed_CD: Tensor, lora: SiteWeights | None, u_CR: Tensor | None = None) -> Tensor:
         """[C, V] in the base dtype, in a buffer that the next call reuses."""
         out = self._decoder.ws.get("head.logits", (len(normed_CD), len(self._unembed_VD)), normed_CD.dtype)
-        torch.mm(normed_CD, self._unembed_VD.t(), out=out)
+        self._unembed.forward(normed_CD, out)
         if lora is not None:
             out.addmm_(normed_CD @ lora.a_RI.t() if u_CR is None else u_CR, lora.b_OR.t())
         return out

@@ -16,39 +16,49 @@ from safetensors import safe_open
 from torch import Tensor
 
 from mint.engine.models.config import DecoderConfig, decoder_config
+from mint.engine.models.linear import Linear
 from mint.errors import InputError, ModelNotFoundError, UnsupportedError
 
 
 @dataclass(slots=True, repr=False)
 class LayerWeights:
     input_norm_D: Tensor
-    qkv_OD: Tensor
-    qkv_bias_O: Tensor | None
+    qkv: Linear  # [O, D]
     q_norm: Tensor | None  # [head_dim]
     k_norm: Tensor | None
-    o_DH: Tensor  # [D, heads x head_dim]
-    o_bias_D: Tensor | None
+    o: Linear  # [D, heads x head_dim]
     mlp_norm_D: Tensor
-    gate_up: Tensor  # [2 F, D]
-    gate_up_bias: Tensor | None
-    down_DF: Tensor
-    down_bias_D: Tensor | None
+    gate_up: Linear  # [2 F, D]
+    down: Linear  # [D, F]
+
+    def linears(self) -> list[Linear]:
+        return [self.qkv, self.o, self.gate_up, self.down]
 
 
 @dataclass(slots=True, repr=False)
 class DecoderWeights:
-    """`unembed_VD` is the embedding itself where the model ties them."""
+    """The unembedding's matrix is the embedding itself where the model ties them."""
 
     embed_VD: Tensor
     layers: list[LayerWeights]
     final_norm_D: Tensor
-    unembed_VD: Tensor
+    unembed: Linear  # [V, D]
+
+    def linears(self) -> list[Linear]:
+        return [self.unembed, *(linear for layer in self.layers for linear in layer.linears())]
 
     def num_bytes(self) -> int:
-        tensors = {self.embed_VD, self.final_norm_D, self.unembed_VD}
+        """Tied matrices count once."""
+        tensors = {self.embed_VD, self.final_norm_D, *(t for linear in self.linears() for t in linear.tensors())}
         for layer in self.layers:
-            tensors.update(t for name in LayerWeights.__slots__ if (t := getattr(layer, name)) is not None)
+            norms = (layer.input_norm_D, layer.mlp_norm_D, layer.q_norm, layer.k_norm)
+            tensors.update(t for t in norms if t is not None)
         return sum(t.numel() * t.element_size() for t in tensors)
+
+    def pack(self) -> bool:
+        """Prepare every projection for decoding; whether all could be (see `Linear.pack`)."""
+        packed = [linear.pack() for linear in self.linears()]
+        return all(packed)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -119,26 +129,28 @@ def load_weights(folder: Path, config: DecoderConfig, dtype: torch.dtype, device
         raise UnsupportedError(
             f"the model has {len(left)} tensors that a {config.model_type} decoder does not use, e.g. {', '.join(left[:3])}"
         )
-    return DecoderWeights(embed, layers, final_norm, unembed)
+    return DecoderWeights(embed, layers, final_norm, Linear(unembed))
 
 
 def _load_layer(ckpt: _Checkpoint, config: DecoderConfig, prefix: str) -> LayerWeights:
     hidden, width = config.hidden_size, config.intermediate_size
     attn, mlp = f"{prefix}.self_attn", f"{prefix}.mlp"
-    sizes = {"q": config.q_size, "k": config.kv_size, "v": config.kv_size}
-    qkv_bias = [ckpt.read(f"{attn}.{n}_proj.bias", size) for n, size in sizes.items()] if config.qkv_bias else None
-    gate_up_bias = [ckpt.read(f"{mlp}.{n}_proj.bias", width) for n in ("gate", "up")] if config.mlp_bias else None
+    qkv = {"q_proj": config.q_size, "k_proj": config.kv_size, "v_proj": config.kv_size}
     return LayerWeights(
         input_norm_D=ckpt.read(f"{prefix}.input_layernorm.weight", hidden),
-        qkv_OD=torch.cat([ckpt.read(f"{attn}.{n}_proj.weight", size, hidden) for n, size in sizes.items()]),
-        qkv_bias_O=torch.cat(qkv_bias) if qkv_bias else None,
+        qkv=_linear(ckpt, attn, qkv, hidden, bias=config.qkv_bias),
         q_norm=ckpt.read_if(config.qk_norm, f"{attn}.q_norm.weight", config.head_dim),
         k_norm=ckpt.read_if(config.qk_norm, f"{attn}.k_norm.weight", config.head_dim),
-        o_DH=ckpt.read(f"{attn}.o_proj.weight", hidden, config.q_size),
-        o_bias_D=ckpt.read_if(config.o_bias, f"{attn}.o_proj.bias", hidden),
+        o=_linear(ckpt, attn, {"o_proj": hidden}, config.q_size, bias=config.o_bias),
         mlp_norm_D=ckpt.read(f"{prefix}.post_attention_layernorm.weight", hidden),
-        gate_up=torch.cat([ckpt.read(f"{mlp}.{n}_proj.weight", width, hidden) for n in ("gate", "up")]),
-        gate_up_bias=torch.cat(gate_up_bias) if gate_up_bias else None,
-        down_DF=ckpt.read(f"{mlp}.down_proj.weight", hidden, width),
-        down_bias_D=ckpt.read_if(config.mlp_bias, f"{mlp}.down_proj.bias", hidden),
+        gate_up=_linear(ckpt, mlp, {"gate_proj": width, "up_proj": width}, hidden, bias=config.mlp_bias),
+        down=_linear(ckpt, mlp, {"down_proj": hidden}, width, bias=config.mlp_bias),
     )
+
+
+def _linear(ckpt: _Checkpoint, prefix: str, outs: dict[str, int], num_in: int, *, bias: bool) -> Linear:
+    """Projections of one input as one matrix."""
+    weight = torch.cat([ckpt.read(f"{prefix}.{name}.weight", size, num_in) for name, size in outs.items()])
+    if not bias:
+        return Linear(weight)
+    return Linear(weight, torch.cat([ckpt.read(f"{prefix}.{name}.bias", size) for name, size in outs.items()]))

@@ -5,6 +5,7 @@ Shape letters: L layers, K key/value heads, n positions, E head_dim.
 
 from __future__ import annotations
 
+import copy
 from collections import OrderedDict
 
 import torch
@@ -16,41 +17,40 @@ GROWTH = 256
 
 
 class SequenceCache:
-    """One sequence's keys and values, grown in steps; `length` positions are filled."""
+    """One sequence's keys and values, [L, 2, K, capacity, E], grown in steps; `length` positions are filled."""
 
     def __init__(self, config: DecoderConfig, capacity: int, dtype: torch.dtype, device: torch.device) -> None:
-        self._shape = (config.num_layers, config.num_kv_heads, config.head_dim)
-        self._dtype, self._device = dtype, device
         self.length = 0
-        self.keys = self.values = torch.empty(0, dtype=dtype, device=device)
+        self.kv = torch.empty(config.num_layers, 2, config.num_kv_heads, 0, config.head_dim, dtype=dtype, device=device)
         self.reserve(capacity)
 
     def reserve(self, capacity: int) -> None:
-        layers, heads, head_dim = self._shape
-        held = self.keys.shape[2] if self.keys.dim() == 4 else 0
-        if capacity <= held:
-            return
-        capacity = -(-capacity // GROWTH) * GROWTH
-        fresh = [
-            torch.empty(layers, heads, capacity, head_dim, dtype=self._dtype, device=self._device) for _ in range(2)
-        ]
-        for new, old in zip(fresh, (self.keys, self.values), strict=True):
-            if held:
-                new[:, :, : self.length] = old[:, :, : self.length]
-        self.keys, self.values = fresh
+        layers, two, heads, held, head_dim = self.kv.shape
+        if capacity > held:
+            capacity = -(-capacity // GROWTH) * GROWTH
+            fresh = self.kv.new_empty(layers, two, heads, capacity, head_dim)
+            fresh[:, :, :, : self.length] = self.kv[:, :, :, : self.length]
+            self.kv = fresh
 
-    def fork(self, config: DecoderConfig) -> SequenceCache:
+    def fork(self) -> SequenceCache:
         """An independent copy of the filled positions."""
-        twin = SequenceCache(config, self.length + 1, self._dtype, self._device)
-        twin.extend(self.keys[:, :, : self.length], self.values[:, :, : self.length])
+        twin = copy.copy(self)
+        twin.kv = self.kv.clone()
         return twin
 
-    def extend(self, keys_LKnE: Tensor, values_LKnE: Tensor) -> None:
-        end = self.length + keys_LKnE.shape[2]
+    def extend(self, kv_L2KnE: Tensor) -> None:
+        end = self.length + kv_L2KnE.shape[3]
         self.reserve(end)
-        self.keys[:, :, self.length : end] = keys_LKnE
-        self.values[:, :, self.length : end] = values_LKnE
+        self.kv[:, :, :, self.length : end] = kv_L2KnE
         self.length = end
+
+    def at(self, position: int) -> Tensor:
+        """View [L, 2, K, E] of one position."""
+        return self.kv[:, :, :, position]
+
+    def until(self, end: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of the positions before `end`, views [L, 1, K, end, E]."""
+        return self.kv[:, 0, None, :, :end], self.kv[:, 1, None, :, :end]
 
 
 class PrefixCache:
@@ -62,19 +62,19 @@ class PrefixCache:
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
         self._bytes = 0
-        self._chunks: OrderedDict[tuple[int | None, tuple[int, ...]], tuple[Tensor, Tensor]] = OrderedDict()
+        self._chunks: OrderedDict[tuple[int | None, tuple[int, ...]], Tensor] = OrderedDict()
 
-    def get(self, adapter: int | None, prefix: tuple[int, ...]) -> tuple[Tensor, Tensor] | None:
+    def get(self, adapter: int | None, prefix: tuple[int, ...]) -> Tensor | None:
         found = self._chunks.get((adapter, prefix))
         if found is not None:
             self._chunks.move_to_end((adapter, prefix))
         return found
 
-    def put(self, adapter: int | None, prefix: tuple[int, ...], keys_LKnE: Tensor, values_LKnE: Tensor) -> None:
-        size = 2 * keys_LKnE.numel() * keys_LKnE.element_size()
+    def put(self, adapter: int | None, prefix: tuple[int, ...], kv_L2KnE: Tensor) -> None:
+        size = kv_L2KnE.numel() * kv_L2KnE.element_size()
         if size > self._max_bytes or (adapter, prefix) in self._chunks:
             return
-        self._chunks[adapter, prefix] = keys_LKnE.clone(), values_LKnE.clone()
+        self._chunks[adapter, prefix] = kv_L2KnE.clone()
         self._bytes += size
         while self._bytes > self._max_bytes:
             self._forget(next(iter(self._chunks)))
@@ -84,5 +84,5 @@ class PrefixCache:
             self._forget(key)
 
     def _forget(self, key: tuple[int | None, tuple[int, ...]]) -> None:
-        keys, _ = self._chunks.pop(key)
-        self._bytes -= 2 * keys.numel() * keys.element_size()
+        kv_L2KnE = self._chunks.pop(key)
+        self._bytes -= kv_L2KnE.numel() * kv_L2KnE.element_size()

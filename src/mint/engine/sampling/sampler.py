@@ -15,6 +15,7 @@ from itertools import pairwise
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 from mint.engine.backend import GenerateRequest, Generation, StopCheck
 from mint.engine.lora import UNEMBED_SITE, AdapterWeights, Segment
@@ -69,6 +70,7 @@ class Sampler:
         self._requests: OrderedDict[int, _Request] = OrderedDict()
         self._prefixes = PrefixCache(prefix_bytes)
         self._next = 0
+        decoder.weights.pack()
         self._row_block = 1 if decoder.dtype == torch.float32 or _rows_are_independent(decoder) else MAX_ROWS
 
     @property
@@ -128,21 +130,21 @@ class Sampler:
         whole = end - start == PREFILL_CHUNK
         known = self._prefixes.get(given.adapter, prompt[:end]) if whole and end < len(prompt) else None
         if known is not None:
-            cache.extend(*known)
+            cache.extend(known)
             request.cached_tokens += PREFILL_CHUNK
             return
 
         def attention(index: int, qkv_NTE: Tensor, out_TH: Tensor) -> None:
-            q, k, v = self._decoder.split_heads(qkv_NTE)
-            cache.keys[index, :, start:end], cache.values[index, :, start:end] = k, v
-            keys, values = cache.keys[index, :, :end], cache.values[index, :, :end]
-            attend(self._decoder.ws, q, keys, values, self._decoder.grouped(out_TH))
+            q, _, _ = self._decoder.split_heads(qkv_NTE)
+            filled = cache.kv[index, :, :, :end]
+            filled[:, :, start:] = self._decoder.keys_values(qkv_NTE)
+            attend(self._decoder.ws, q, filled[0], filled[1], self._decoder.grouped(out_TH))
 
         segments = [Segment(0, end - start, request.weights)]
         final_TD = self._forward(list(prompt[start:end]), list(range(start, end)), segments, attention)
         cache.length = end
         if whole:
-            self._prefixes.put(given.adapter, prompt[:end], cache.keys[:, :, start:end], cache.values[:, :, start:end])
+            self._prefixes.put(given.adapter, prompt[:end], cache.kv[:, :, :, start:end])
         if end == len(prompt):
             self._start_sequences(request, final_TD[-1:])
 
@@ -150,7 +152,7 @@ class Sampler:
         given = request.given
         for i in range(given.num_samples):
             last = i == given.num_samples - 1
-            cache = request.prompt_cache if last else request.prompt_cache.fork(self._decoder.config)
+            cache = request.prompt_cache if last else request.prompt_cache.fork()
             random = np.random.Generator(np.random.Philox(key=[given.seed % 2**64, i]))
             check = given.new_stop_check() if given.new_stop_check is not None else None
             request.sequences.append(_Sequence(i, cache, random, check))
@@ -164,18 +166,21 @@ class Sampler:
         num_pad = -len(pairs) % self._row_block
         for _, sequence in pairs:
             sequence.cache.reserve(sequence.cache.length + 1)
-        decoder = self._decoder
+        decoder, caches = self._decoder, [sequence.cache for _, sequence in pairs]
+        # views of every layer at once, so that a layer's attention costs few small operations
+        places = [cache.at(cache.length) for cache in caches]
+        seen = [cache.until(cache.length + 1) for cache in caches]
 
         def attention(index: int, qkv_NTE: Tensor, out_TH: Tensor) -> None:
-            q, k, v = decoder.split_heads(qkv_NTE)
+            q = decoder.split_heads(qkv_NTE)[0].transpose(0, 2)
+            new = decoder.keys_values(qkv_NTE)
             out = decoder.grouped(out_TH)
             out[len(pairs) :].zero_()
-            for i, (_, sequence) in enumerate(pairs):
-                cache = sequence.cache
-                cache.keys[index, :, cache.length], cache.values[index, :, cache.length] = k[:, i], v[:, i]
-                keys, values = (t[index, None, :, : cache.length + 1] for t in (cache.keys, cache.values))
+            for i, (place, (keys, values)) in enumerate(zip(places, seen, strict=True)):
+                place[index].copy_(new[:, :, i])
                 # the group's query heads stand where a kernel expects query positions: no key is repeated per head
-                out[i] = torch.nn.functional.scaled_dot_product_attention(q[None, :, :, i], keys, values)[0]
+                attended = scaled_dot_product_attention(q[i, None].transpose(1, 2), keys[index], values[index])
+                out[i].copy_(attended[0])
 
         tokens = [s.tokens[-1] for _, s in pairs] + [0] * num_pad
         positions = [s.cache.length for _, s in pairs] + [0] * num_pad
@@ -259,7 +264,7 @@ def _rows_are_independent(decoder: Decoder) -> bool:
     """Whether the kernels give a row the same bits for every number of rows a decode step may have."""
     layer = decoder.weights.layers[0]
     generator = torch.Generator().manual_seed(0)
-    for weight in (layer.qkv_OD, layer.o_DH, layer.gate_up, layer.down_DF):
+    for weight in (linear.weight_OI for linear in layer.linears()):
         x = torch.randn(MAX_ROWS, weight.shape[1], generator=generator).to(decoder.device, decoder.dtype)
         whole = x @ weight.t()
         if not all(torch.equal(x[:n] @ weight.t(), whole[:n]) for n in (1, 2, 3, 5, 8, 13, 16, 17, 24, 31)):
