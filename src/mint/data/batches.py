@@ -52,7 +52,8 @@ class Batches(Generic[T]):
 
     def __next__(self) -> list[T]:
         epoch, batch = self.cursor.epoch, self.cursor.batch
-        order = np.random.Generator(np.random.Philox(key=[self._seed % 2**64, epoch])).permutation(len(self._rows))
+        key = np.array([self._seed % 2**64, epoch], np.uint64)
+        order = np.random.Generator(np.random.Philox(key=key)).permutation(len(self._rows))
         chosen = order[batch * self._batch_size : (batch + 1) * self._batch_size]
         last = batch + 1 == self.batches_per_epoch
         self.cursor = Cursor(epoch + 1, 0) if last else Cursor(epoch, batch + 1)

@@ -153,7 +153,8 @@ class Sampler:
         for i in range(given.num_samples):
             last = i == given.num_samples - 1
             cache = request.prompt_cache if last else request.prompt_cache.fork()
-            random = np.random.Generator(np.random.Philox(key=[given.seed % 2**64, i]))
+            key = np.array([given.seed % 2**64, i], np.uint64)
+            random = np.random.Generator(np.random.Philox(key=key))
             check = given.new_stop_check() if given.new_stop_check is not None else None
             request.sequences.append(_Sequence(i, cache, random, check))
         pairs = [(request, sequence) for sequence in request.sequences]
