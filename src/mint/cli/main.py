@@ -67,5 +67,7 @@ def sft(
     except MintError as error:
         console.print(f"[red]error:[/red] {error}", soft_wrap=True)
         raise typer.Exit(1) from None
+
+
 if __name__ == "__main__":
     app()

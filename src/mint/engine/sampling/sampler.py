@@ -1,16 +1,18 @@
 """Continuous batching: requests join and leave a running batch; each step prefills one chunk or decodes one token each.
 
-What a sequence's numbers depend on is fixed: a prompt is prefilled alone, in chunks with borders counted from its start;
-a decode step runs at most MAX_ROWS sequences through the linears at a time, whose kernels give a row the same bits for
-any number of rows up to that (checked when the sampler is made; where they do not, rows are padded to a fixed number).
+What a sequence's numbers depend on is fixed: prompts are prefilled in chunks with borders counted from their start, and a
+decode step runs at most MAX_ROWS sequences through the linears at a time. Rows of several sequences share a product only
+where its kernel gives a row the same bits for every number of rows that occurs, which is checked when the sampler is made;
+elsewhere prompts are prefilled alone and decode steps padded to a fixed number of rows.
 Shape letters: B sequences of a decode step, T rows, D hidden, V vocabulary, K, G, E as in models/attention.py.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import numpy as np
 import torch
@@ -28,7 +30,9 @@ from mint.types.results import SampledSequence, StopReason
 
 MAX_ROWS = 32
 MAX_SEQUENCES = 64  # growing at once; further requests wait, so that caches stay bounded
-PREFILL_CHUNK = 256
+PREFILL_CHUNK = 256  # of one prompt
+PREFILL_ROWS = 256  # of one pass; rounded up to a multiple of ROW_STEP, so that few shapes occur
+ROW_STEP = 32
 
 
 @dataclass(slots=True, repr=False)
@@ -58,8 +62,45 @@ class _Request:
     def prefilled(self) -> bool:
         return bool(self.sequences)  # they start when the prompt's last chunk is done
 
+    @property
+    def adapter_order(self) -> int:
+        return -1 if self.given.adapter is None else self.given.adapter
+
     def growing(self) -> list[_Sequence]:
         return [s for s in self.sequences if s.stop_reason is None]
+
+    def start_sequences(self) -> None:
+        """Sequences that share the prefill: each has a copy of its cache and a random stream of its own."""
+        for i in range(self.given.num_samples):
+            last = i == self.given.num_samples - 1
+            cache = self.prompt_cache if last else self.prompt_cache.fork()
+            key = np.array([self.given.seed % 2**64, i], np.uint64)
+            check = self.given.new_stop_check() if self.given.new_stop_check is not None else None
+            self.sequences.append(_Sequence(i, cache, np.random.Generator(np.random.Philox(key=key)), check))
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class _Chunk:
+    """Prompt positions [start, end) of a request."""
+
+    request: _Request
+    start: int
+    end: int
+
+    @property
+    def length(self) -> int:
+        return self.end - self.start
+
+
+def _segments(requests: list[_Request], borders: Sequence[int]) -> list[Segment]:
+    """One segment per run of equal adapters; request i has the rows [borders[i], borders[i + 1])."""
+    segments: list[Segment] = []
+    for i, request in enumerate(requests):
+        if segments and requests[i - 1].given.adapter == request.given.adapter:
+            segments[-1] = Segment(segments[-1].start, borders[i + 1], request.weights)
+        else:
+            segments.append(Segment(borders[i], borders[i + 1], request.weights))
+    return segments
 
 
 class Sampler:
@@ -71,7 +112,9 @@ class Sampler:
         self._prefixes = PrefixCache(prefix_bytes)
         self._next = 0
         decoder.weights.pack()
-        self._row_block = 1 if decoder.dtype == torch.float32 or _rows_are_independent(decoder) else MAX_ROWS
+        exact = decoder.dtype == torch.float32  # float32 promises a tolerance, not bits
+        self._row_block = 1 if exact or rows_are_independent(decoder, range(1, MAX_ROWS + 1)) else MAX_ROWS
+        self._packs_prompts = exact or rows_are_independent(decoder, range(ROW_STEP, PREFILL_ROWS + 1, ROW_STEP))
 
     @property
     def num_requests(self) -> int:
@@ -92,17 +135,46 @@ class Sampler:
         self._prefixes.forget_adapter(handle)
 
     def step(self) -> list[Generation]:
-        """Prefill first: a waiting prompt joins the batch before the others go on, where there is room."""
+        """Prefill first: waiting prompts join the batch before the others go on, where there is room."""
         growing = [(r, s) for r in self._requests.values() for s in r.growing()]
-        waiting = next((r for r in self._requests.values() if not r.prefilled), None)
-        if waiting is not None and (not growing or len(growing) + waiting.given.num_samples <= MAX_SEQUENCES):
-            self._prefill_chunk(waiting)
+        chunks = self._next_chunks(len(growing))
+        if chunks:
+            self._prefill(chunks)
         else:
             # rows of one adapter lie together, so that each adapter is one segment
-            growing.sort(key=lambda pair: -1 if pair[0].given.adapter is None else pair[0].given.adapter)
+            growing.sort(key=lambda pair: pair[0].adapter_order)
             for first in range(0, len(growing), MAX_ROWS):
                 self._decode(growing[first : first + MAX_ROWS])
         return self._collect()
+
+    def _next_chunks(self, num_growing: int) -> list[_Chunk]:
+        """Prompt chunks of one pass: the oldest request's, and others that fit beside it."""
+        chunks: list[_Chunk] = []
+        room = PREFILL_ROWS
+        for request in self._requests.values():
+            if request.prefilled:
+                continue
+            num_growing += request.given.num_samples
+            self._skip_known_prefix(request)
+            start = request.prompt_cache.length
+            end = min(start + PREFILL_CHUNK, len(request.given.prompt))
+            if chunks and (end - start > room or num_growing > MAX_SEQUENCES or not self._packs_prompts):
+                break
+            if not chunks and num_growing > max(MAX_SEQUENCES, request.given.num_samples):
+                break
+            chunks.append(_Chunk(request, start, end))
+            room -= end - start
+        return sorted(chunks, key=lambda chunk: chunk.request.adapter_order)
+
+    def _skip_known_prefix(self, request: _Request) -> None:
+        """Take over whole chunks that the prefix cache has; the last token is always computed, for its logits."""
+        given, cache = request.given, request.prompt_cache
+        while (end := cache.length + PREFILL_CHUNK) < len(given.prompt):
+            known = self._prefixes.get(given.adapter, given.prompt[:end])
+            if known is None:
+                return
+            cache.extend(known)
+            request.cached_tokens += PREFILL_CHUNK
 
     def _collect(self) -> list[Generation]:
         done = [r for r in self._requests.values() if r.prefilled and not r.growing()]
@@ -123,44 +195,39 @@ class Sampler:
                 final_TD: Tensor = end.value[0]
                 return final_TD
 
-    def _prefill_chunk(self, request: _Request) -> None:
-        given, cache = request.given, request.prompt_cache
-        start, prompt = cache.length, request.given.prompt
-        end = min(start + PREFILL_CHUNK, len(prompt))
-        whole = end - start == PREFILL_CHUNK
-        known = self._prefixes.get(given.adapter, prompt[:end]) if whole and end < len(prompt) else None
-        if known is not None:
-            cache.extend(known)
-            request.cached_tokens += PREFILL_CHUNK
-            return
+    def _prefill(self, chunks: list[_Chunk]) -> None:
+        decoder = self._decoder
+        borders = list(accumulate((chunk.length for chunk in chunks), initial=0))
+        num_rows = borders[-1]
+        num_pad = -num_rows % ROW_STEP if self._packs_prompts else 0
 
         def attention(index: int, qkv_NTE: Tensor, out_TH: Tensor) -> None:
-            q, _, _ = self._decoder.split_heads(qkv_NTE)
-            filled = cache.kv[index, :, :, :end]
-            filled[:, :, start:] = self._decoder.keys_values(qkv_NTE)
-            attend(self._decoder.ws, q, filled[0], filled[1], self._decoder.grouped(out_TH))
+            q, _, _ = decoder.split_heads(qkv_NTE)
+            new, out = decoder.keys_values(qkv_NTE), decoder.grouped(out_TH)
+            out[num_rows:].zero_()
+            for chunk, (a, b) in zip(chunks, pairwise(borders), strict=True):
+                filled = chunk.request.prompt_cache.kv[index, :, :, : chunk.end]
+                filled[:, :, chunk.start :] = new[:, :, a:b]
+                attend(decoder.ws, q[:, :, a:b], filled[0], filled[1], out[a:b])
 
-        segments = [Segment(0, end - start, request.weights)]
-        final_TD = self._forward(list(prompt[start:end]), list(range(start, end)), segments, attention)
-        cache.length = end
-        if whole:
-            self._prefixes.put(given.adapter, prompt[:end], cache.kv[:, :, :, start:end])
-        if end == len(prompt):
-            self._start_sequences(request, final_TD[-1:])
-
-    def _start_sequences(self, request: _Request, final_1D: Tensor) -> None:
-        given = request.given
-        for i in range(given.num_samples):
-            last = i == given.num_samples - 1
-            cache = request.prompt_cache if last else request.prompt_cache.fork()
-            key = np.array([given.seed % 2**64, i], np.uint64)
-            random = np.random.Generator(np.random.Philox(key=key))
-            check = given.new_stop_check() if given.new_stop_check is not None else None
-            request.sequences.append(_Sequence(i, cache, random, check))
-        pairs = [(request, sequence) for sequence in request.sequences]
-        for first in range(0, len(pairs), MAX_ROWS):
-            group = pairs[first : first + MAX_ROWS]
-            self._choose(final_1D.expand(len(group), -1).contiguous(), group)
+        tokens = [token for c in chunks for token in c.request.given.prompt[c.start : c.end]] + [0] * num_pad
+        positions = [position for c in chunks for position in range(c.start, c.end)] + [0] * num_pad
+        segments = _segments([chunk.request for chunk in chunks], borders)
+        final_TD = self._forward(tokens, positions, segments, attention)
+        started: list[tuple[_Request, _Sequence]] = []
+        rows: list[int] = []
+        for chunk, end in zip(chunks, borders[1:], strict=True):
+            request, cache = chunk.request, chunk.request.prompt_cache
+            cache.length = chunk.end
+            if chunk.length == PREFILL_CHUNK:
+                kv_L2KnE = cache.kv[:, :, :, chunk.start : chunk.end]
+                self._prefixes.put(request.given.adapter, request.given.prompt[: chunk.end], kv_L2KnE)
+            if chunk.end == len(request.given.prompt):
+                request.start_sequences()
+                started += [(request, sequence) for sequence in request.sequences]
+                rows += [end - 1] * request.given.num_samples
+        for first in range(0, len(started), MAX_ROWS):
+            self._choose(final_TD[rows[first : first + MAX_ROWS]], started[first : first + MAX_ROWS])
 
     def _decode(self, pairs: list[tuple[_Request, _Sequence]]) -> None:
         """One token for each: the last token's keys and values enter the cache, the next token is chosen."""
@@ -185,21 +252,16 @@ class Sampler:
 
         tokens = [s.tokens[-1] for _, s in pairs] + [0] * num_pad
         positions = [s.cache.length for _, s in pairs] + [0] * num_pad
-        final_BD = self._forward(tokens, positions, self._segments(pairs), attention)
+        segments = _segments([request for request, _ in pairs], range(len(pairs) + 1))
+        final_BD = self._forward(tokens, positions, segments, attention)
         for _, sequence in pairs:
             sequence.cache.length += 1
         self._choose(final_BD, pairs)
 
-    def _segments(self, pairs: list[tuple[_Request, _Sequence]]) -> list[Segment]:
-        """Runs of equal adapters."""
-        adapters = [request.given.adapter for request, _ in pairs]
-        borders = [0, *(i for i in range(1, len(adapters)) if adapters[i] != adapters[i - 1]), len(adapters)]
-        return [Segment(a, b, pairs[a][0].weights) for a, b in pairwise(borders)]
-
     def _choose(self, final_BD: Tensor, pairs: list[tuple[_Request, _Sequence]]) -> None:
         """The next token of every row, its logprob at temperature 1, and whether the sequence ends with it."""
         normed_BD, _ = self._head.normalise(final_BD)
-        segments = self._segments(pairs)
+        segments = _segments([request for request, _ in pairs], range(len(pairs) + 1))
         logits_BV = self._head.logits(normed_BD, None)[: len(pairs)]
         for segment in segments:
             if (lora := segment.at(UNEMBED_SITE)) is not None:
@@ -261,13 +323,18 @@ def _sampled(sequence: _Sequence) -> SampledSequence:
     )
 
 
-def _rows_are_independent(decoder: Decoder) -> bool:
-    """Whether the kernels give a row the same bits for every number of rows a decode step may have."""
-    layer = decoder.weights.layers[0]
+def rows_are_independent(decoder: Decoder, counts: Sequence[int]) -> bool:
+    """Whether the kernels give a row the same bits for each of these numbers of rows, base and low-rank products."""
+    layer, most = decoder.weights.layers[0], max(counts)
     generator = torch.Generator().manual_seed(0)
-    for weight in (linear.weight_OI for linear in layer.linears()):
-        x = torch.randn(MAX_ROWS, weight.shape[1], generator=generator).to(decoder.device, decoder.dtype)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(decoder.device, decoder.dtype)
+
+    low_rank = [random(*shape) for rank in (8, 48) for shape in ((rank, decoder.config.hidden_size), (512, rank))]
+    for weight in (*(linear.weight_OI for linear in layer.linears()), *low_rank):
+        x = random(most, weight.shape[1])
         whole = x @ weight.t()
-        if not all(torch.equal(x[:n] @ weight.t(), whole[:n]) for n in (1, 2, 3, 5, 8, 13, 16, 17, 24, 31)):
+        if not all(torch.equal(x[:n] @ weight.t(), whole[:n]) for n in counts):
             return False
     return True
