@@ -4,40 +4,21 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import time
 
-import torch
-from peers import base, machine, tokenizer
-from transformers import AutoModelForCausalLM
+from peers import BASE_MODEL, Peer, machine, ratios
 
 import mint
 from mint import settings, types
 from mint.data import load_demo
 from mint.engine.device import choose_device
-
-
-class Generate:
-    """transformers generate on a left-padded batch."""
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        self.tokenizer = tokenizer()
-        self.tokenizer.padding_side = "left"
-        self.model = AutoModelForCausalLM.from_pretrained(base().path, dtype=dtype).eval()
-
-    def run(self, prompts: list[list[int]], new_tokens: int, *, sample: bool) -> tuple[float, list[int]]:
-        """(seconds, tokens generated for the first prompt)."""
-        padded = self.tokenizer.pad({"input_ids": prompts}, return_tensors="pt")
-        options = {"do_sample": True, "temperature": 0.7} if sample else {"do_sample": False}
-        started = time.perf_counter()
-        with torch.inference_mode():
-            out = self.model.generate(**padded, max_new_tokens=new_tokens, min_new_tokens=new_tokens, **options)
-        return time.perf_counter() - started, out[0, padded["input_ids"].shape[1] :].tolist()
+from mint.hub import resolve_model
 
 
 def mint_run(
     client: mint.SamplingClient, prompts: list[list[int]], new_tokens: int, *, sample: bool
 ) -> tuple[float, list[int]]:
+    """(seconds, tokens of the first prompt)."""
     params = types.SamplingParams(max_tokens=new_tokens, temperature=0.7 if sample else 0.0, stop=[], seed=0)
     started = time.perf_counter()
     futures = [client.sample(types.ModelInput.from_ints(ids), 1, params) for ids in prompts]
@@ -51,38 +32,34 @@ def main() -> None:
     parser.add_argument("--batches", default="1,8,32")
     parser.add_argument("--pairs", type=int, default=5, help="counted pairs of runs, after one warm-up pair")
     args = parser.parse_args()
-    service = mint.ServiceClient()
-    client = service.create_sampling_client(base_model="SmolLM2-135M-Instruct")
-    client.sample(types.ModelInput.from_ints([1]), 1, types.SamplingParams(max_tokens=1)).result()
-    device = choose_device(settings.load())
-    torch.set_num_threads(device.num_threads)
-    peer = Generate(device.dtype)
-    train, _ = load_demo()
-    rendered = [
-        peer.tokenizer.apply_chat_template(row[:1], add_generation_prompt=True, return_dict=False) for row in train
-    ]
-    greedy = mint_run(client, rendered[:1], 16, sample=False)[1], peer.run(rendered[:1], 16, sample=False)[1]
+    client = mint.ServiceClient().create_sampling_client(base_model=BASE_MODEL)
+    device, tokenizer, (train, _) = choose_device(settings.load()), client.get_tokenizer(), load_demo()
+    peer = Peer("generate", str(resolve_model(BASE_MODEL).path), device.dtype_name, device.num_threads)
+    prompts = [tokenizer.apply_chat_template(row[:1], add_generation_prompt=True, return_dict=False) for row in train]
+    ours = mint_run(client, prompts[:1], 16, sample=False)[1]
+    theirs = peer.run(prompts=prompts[:1], new_tokens=16, sample=False)["first"]
+    agreed = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b), len(ours))
+    if not agreed:
+        raise SystemExit("the two compute different things: their likeliest first tokens differ")
     for size in map(int, args.batches.split(",")):
-        pairs = [
-            (mint_run(client, rendered[:size], args.new, sample=True)[0], peer.run(rendered[:size], args.new, sample=True)[0])
-            for _ in range(args.pairs + 1)
-        ][1:]
-        ratios = sorted(theirs / ours for ours, theirs in pairs)
+        pairs = []
+        for _ in range(args.pairs + 1):
+            seconds, _ = mint_run(client, prompts[:size], args.new, sample=True)
+            pairs.append((seconds, peer.run(prompts=prompts[:size], new_tokens=args.new, sample=True)["seconds"]))
+        counted = pairs[1:]
         result = {
             "benchmark": "sampling",
             "peer": "transformers generate",
             "prompts": size,
-            "ratio": round(statistics.median(ratios), 2),
-            "ratio_min_max": [round(ratios[0], 2), round(ratios[-1], 2)],
-            "mint_tokens_per_s": round(size * args.new / statistics.median(p[0] for p in pairs), 1),
-            "peer_tokens_per_s": round(size * args.new / statistics.median(p[1] for p in pairs), 1),
-            "greedy_agrees_for_tokens": next(
-                (i for i, (a, b) in enumerate(zip(*greedy, strict=True)) if a != b), len(greedy[0])
-            ),
-            "dtype": str(device.dtype).removeprefix("torch."),
+            **ratios(counted),
+            "mint_tokens_per_s": round(len(counted) * size * args.new / sum(a for a, _ in counted), 1),
+            "peer_tokens_per_s": round(len(counted) * size * args.new / sum(b for _, b in counted), 1),
+            "greedy_tokens_agreed": agreed,
+            "dtype": device.dtype_name,
             **machine(),
         }
         print(json.dumps(result), flush=True)
+    peer.close()
 
 
 if __name__ == "__main__":

@@ -64,13 +64,14 @@ class TrainingRun:
                 "Look for extreme weights, advantages or logprobs in the data since the last step"
             )
         update_norm = adam_step(self.params_P, self.gradient.flat_P, self.adam, hyper, grad_norm)
+        self.clear_gradient()
         if hyper.learning_rate > 0 and grad_norm > 0 and update_norm == 0 and self.adam.step == 1:
+            self.adam = new_adam_state(self.params_P)
             raise NumericsError(
                 f"optim_step: gradient norm {grad_norm:g} moved no weight at learning rate {hyper.learning_rate:g}; "
                 "raise the learning rate"
             )
         self._weights = None
-        self.clear_gradient()
         return {**metrics, "step": float(self.adam.step), "grad_norm": grad_norm, "update_norm": update_norm}
 
 

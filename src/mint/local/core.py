@@ -124,6 +124,13 @@ class Core:
                 )
             return self._decoders[source.path]
 
+    def session(self, session_id: str, tenant: str) -> Session:
+        """Raises ClosedError for one that is closed or another tenant's."""
+        session = self.sessions.get(session_id)
+        if session is None or session.tenant != tenant:
+            raise ClosedError(f"session {session_id} is closed; make a new ServiceClient")
+        return session
+
     def new_session(self, tenant: str) -> str:
         session_id = uuid.uuid4().hex[:16]
         self.sessions[session_id] = Session(tenant)

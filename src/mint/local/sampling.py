@@ -29,9 +29,7 @@ class SamplingOps:
         self, session_id: str, base_model: str | None, model_path: str | None
     ) -> Future[SamplingSession]:
         core = self._core
-        session = core.sessions.get(session_id)
-        if session is None or session.tenant != self._tenant:
-            raise ClosedError(f"session {session_id} is closed; make a new ServiceClient")
+        session = core.session(session_id, self._tenant)
         if base_model is None and model_path is None:
             raise InputError("create_sampling_client: give model_path (a checkpoint) or base_model")
         saved = None
@@ -46,6 +44,7 @@ class SamplingOps:
             source = resolve_model(name, settings=core.settings)
 
             def load() -> SamplingSession:
+                core.session(session_id, self._tenant)  # it may have been closed during a download
                 backend = core.backend(source)
                 adapter = backend.add_snapshot(saved[0].lora, saved[1]) if saved is not None else None
                 record = SamplerRecord(self._tenant, source, backend, adapter, model_path)

@@ -6,7 +6,7 @@ from concurrent.futures import Future
 
 from mint.hub import PACKAGED_MODELS
 from mint.local.core import Core
-from mint.local.futures import errors_in_future
+from mint.local.futures import done, errors_in_future
 from mint.local.runs import RunStore
 from mint.local.sampling import SamplingOps
 from mint.local.saving import SavingOps
@@ -41,25 +41,18 @@ class LocalService:
         self._sampling = SamplingOps(core, store, tenant)
 
     def capabilities(self) -> Future[GetServerCapabilitiesResponse]:
-        def read() -> GetServerCapabilitiesResponse:
-            loaded = [backend.limits for backend in self._core.backends.values()]
-            models = {limits.base_model: limits.max_context for limits in loaded}
-            for name in PACKAGED_MODELS:
-                models.setdefault(name, 0)
-            return GetServerCapabilitiesResponse(
-                supported_models=[
-                    SupportedModel(model_name=name, max_context_length=context or None)
-                    for name, context in models.items()
-                ]
-            )
-
-        return self._core.call(read)
+        loaded = [backend.limits for backend in list(self._core.backends.values())]
+        contexts: dict[str, int | None] = dict.fromkeys(PACKAGED_MODELS)
+        contexts.update({limits.base_model: limits.max_context for limits in loaded})
+        models = [SupportedModel(model_name=name, max_context_length=length) for name, length in contexts.items()]
+        return done(GetServerCapabilitiesResponse(supported_models=models))
 
     def create_session(self, user_metadata: dict[str, str]) -> Future[str]:
-        return self._core.call(lambda: self._core.new_session(self._tenant))
+        self._core.check_process()
+        return done(self._core.new_session(self._tenant))
 
     def heartbeat(self, session_id: str) -> Future[None]:
-        return self._core.call(lambda: None)
+        return done(None)
 
     def close_session(self, session_id: str) -> Future[None]:
         return self._core.call(lambda: self._core.drop_session(session_id))

@@ -11,6 +11,7 @@ from mint.engine.backend import Part, PartResult
 from mint.errors import ClosedError, OperationError
 from mint.hub import resolve_model
 from mint.local.core import Core, LoadedRun
+from mint.local.futures import done
 from mint.local.runs import RunRecord, RunStore
 from mint.local.scheduler import CallJob, PassJob, PassMode, WorkJob
 from mint.service import LossFromLogprobs, RunSpec
@@ -44,9 +45,7 @@ class TrainingOps:
 
     def create_run(self, spec: RunSpec) -> Future[GetInfoResponse]:
         core = self._core
-        session = core.sessions.get(spec.session_id)
-        if session is None or session.tenant != self._tenant:
-            raise ClosedError(f"session {spec.session_id} is closed; make a new ServiceClient")
+        session = core.session(spec.session_id, self._tenant)
         run_id = f"{spec.session_id}:train:{next(session.run_numbers)}"
         seed = secrets.randbits(63) if spec.lora.seed is None else spec.lora.seed
 
@@ -54,6 +53,7 @@ class TrainingOps:
             source = resolve_model(spec.base_model, settings=core.settings)
 
             def load() -> GetInfoResponse:
+                core.session(spec.session_id, self._tenant)  # it may have been closed during a download
                 backend = core.backend(source)
                 lora = spec.lora.model_copy(update={"seed": seed})
                 record = RunRecord(
@@ -96,8 +96,7 @@ class TrainingOps:
         )
 
     def get_info(self, run_id: str) -> Future[GetInfoResponse]:
-        self.loaded(run_id)
-        return self._core.call(lambda: self._info(run_id))
+        return done(self._info(run_id))
 
     def unload(self, run_id: str) -> Future[UnloadModelResponse]:
         self.loaded(run_id)

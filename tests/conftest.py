@@ -1,0 +1,32 @@
+"""For every test: one thread, no network, no folder of the user's. Read by the libraries when they are imported."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+
+
+@pytest.fixture(autouse=True)
+def mint_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A fresh MINT_HOME, and nothing else of MinT's in the environment but one thread."""
+    for name in [name for name in os.environ if name.startswith(("MINT_", "TINKER_"))]:
+        monkeypatch.delenv(name)
+    home = tmp_path / "mint_home"
+    monkeypatch.setenv("MINT_HOME", str(home))
+    monkeypatch.setenv("MINT_THREADS", "1")
+    return home
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Folder of a tiny tied Qwen3 with its tokenizer: 384 tokens, context 512."""
+    from tests.support.tiny_models import write_tiny_model
+
+    return str(write_tiny_model(tmp_path_factory.mktemp("models") / "qwen3", "qwen3"))
