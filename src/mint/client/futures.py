@@ -4,20 +4,42 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextlib
 import logging
 import os
+import threading
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future
 from typing import Any, Generic, TypeVar
 
-from mint.errors import ClosedError, ResultTimeoutError
+from mint.errors import ClosedError, OperationError, ResultTimeoutError
 
 logger = logging.getLogger("mint")
 
 T = TypeVar("T")
 
 REMIND_AFTER_SECONDS = 60.0
+
+_here = threading.local()
+
+
+@contextlib.contextmanager
+def inside_loss() -> Iterator[None]:
+    """While a caller's loss function runs on this thread, which is the engine's."""
+    _here.inside_loss = True
+    try:
+        yield
+    finally:
+        _here.inside_loss = False
+
+
+def refuse_inside_loss() -> None:
+    """Raises OperationError where waiting for the engine would wait for oneself."""
+    if getattr(_here, "inside_loss", False):
+        raise OperationError(
+            "a loss function runs inside the engine and cannot call MinT; compute outside and pass the numbers in"
+        )
 
 
 class APIFuture(Generic[T]):
@@ -38,6 +60,7 @@ class APIFuture(Generic[T]):
         self._converted: list[T] = []
 
     def _value(self) -> T:
+        self._owner = None
         if not self._converted:
             raw = self._future.result()
             self._converted.append(raw if self._convert is None else self._convert(raw))
@@ -53,6 +76,8 @@ class APIFuture(Generic[T]):
     def result(self, timeout: float | None = None) -> T:
         """Wait for the result or raise what went wrong. `timeout` in seconds; None waits as long as it takes."""
         self._check_process()
+        if not self._future.done():
+            refuse_inside_loss()
         deadline = None if timeout is None else time.monotonic() + timeout
         started = time.monotonic()
         while not self._future.done():

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
 import threading
 import weakref
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
-from mint.client.futures import APIFuture
+from mint.client.futures import APIFuture, inside_loss, refuse_inside_loss
 from mint.client.sampling_client import SamplingClient
 from mint.errors import ClosedError, InputError
 from mint.hub import load_tokenizer
@@ -51,7 +50,7 @@ class TrainingClient:
     def __init__(self, service: Service, session_id: str, info: GetInfoResponse) -> None:
         self._service, self._session_id, self._info = service, session_id, info
         self._order = threading.Lock()
-        self._next_seq = itertools.count(1)
+        self._next_seq = 1
         # a run whose client nobody holds any more can receive no operation: its memory is given back
         weakref.finalize(self, _unload, service, info.model_id).atexit = False
 
@@ -60,9 +59,11 @@ class TrainingClient:
         return self._info.model_id
 
     def _submit(self, what: str, send: Callable[[int], Future[T]]) -> APIFuture[T]:
-        """Number the operation and send it; numbers are taken in the order of sending."""
+        """Number the operation and send it; one that was not accepted leaves its number to the next."""
+        refuse_inside_loss()
         with self._order:
-            future = send(next(self._next_seq))
+            future = send(self._next_seq)
+            self._next_seq += 1
         return APIFuture(future, owner=self, what=f"{what} of {self.model_id}")
 
     def forward(
@@ -97,7 +98,8 @@ class TrainingClient:
         kept = list(data)
 
         def loss(logprobs: Sequence[Any]) -> tuple[Any, dict[str, float]]:
-            return loss_fn(kept, list(logprobs))
+            with inside_loss():
+                return loss_fn(kept, list(logprobs))
 
         return self._submit(
             "forward_backward_custom",
@@ -108,7 +110,9 @@ class TrainingClient:
         self, optim_params: AdamParams | None = None, *, adam_params: AdamParams | None = None
     ) -> APIFuture[OptimStepResponse]:
         """One AdamW step from the accumulated gradient, which is then cleared. Defaults: AdamParams()."""
-        params = optim_params or adam_params or AdamParams()
+        if optim_params is not None and adam_params is not None:
+            raise InputError("optim_step: give optim_params or adam_params, not both")
+        params = next((p for p in (optim_params, adam_params) if p is not None), AdamParams())
         if not isinstance(params, AdamParams):
             raise InputError(f"optim_step: expected types.AdamParams, got {type(params).__name__}")
         return self._submit("optim_step", lambda seq: self._service.optim_step(self.model_id, seq, params))

@@ -269,7 +269,8 @@ class Trainer:
         for s in own:
             assert s.logprob_P is not None
             logprob_P = s.logprob_P.double().cpu().numpy()
-            total += float(loss.terms(np, logprob_P, s.inputs, part.input.loss_fn_config)[0].sum())
+            with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is reported below
+                total += float(loss.terms(np, logprob_P, s.inputs, part.input.loss_fn_config)[0].sum())
             num_positions += len(s.token_P)
             num_active += int(np.count_nonzero(s.inputs[loss.weight_input]))
         logprobs = _split_logprobs(part.input.data, own)

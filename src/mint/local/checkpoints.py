@@ -6,8 +6,9 @@ A checkpoint is a folder RUN/weights/NAME or RUN/sampler_weights/NAME with
     optimizer.safetensors                            training only: Adam's moments by the adapter's names
     manifest.json                                    everything else, and the SHA-256 of each file; written last
 
-Folders whose name starts with a dot are never listed: ".new-*" is being written, ".old-NAME" is what an overwrite
-replaces, and is put back if that was interrupted.
+Folders whose name starts with a dot are no checkpoints: ".new-*" is being written, ".deleted-*" removed. ".old-NAME" is
+what an overwrite replaces, and stands for NAME while there is no folder of that name. Readers change nothing; what a
+killed process left is tidied by the next save of the run, which has one writer.
 """
 
 from __future__ import annotations
@@ -76,10 +77,10 @@ def peft_config(manifest: Manifest) -> dict[str, Any]:
 
 def write_checkpoint(folder: Path, manifest: Manifest, state: AdapterState, *, overwrite: bool) -> None:
     """Atomic: after it returns the checkpoint is on disk; if it does not, whatever stood there before still stands."""
-    recover(folder)
-    if folder.exists() and not overwrite:
+    _tidy(folder)
+    if folder.exists() and not overwrite and not _expired(folder):
         raise CheckpointError(f"checkpoint {manifest.path} exists; save under another name or with overwrite=True")
-    fresh = folder.parent / f".new-{folder.name}-{uuid.uuid4().hex}"
+    fresh = folder.parent / f".new-{uuid.uuid4().hex}"
     fresh.mkdir(parents=True)
     try:
         _write_files(fresh, manifest, state)
@@ -120,8 +121,10 @@ def _old(folder: Path) -> Path:
     return folder.parent / f".old-{folder.name}"
 
 
-def recover(folder: Path) -> None:
-    """Finish what an interrupted overwrite left: without the new checkpoint the old one takes its place again."""
+def _tidy(folder: Path) -> None:
+    """The writer's: finish or undo what a killed save or delete of this run left."""
+    for left in [*folder.parent.glob(".new-*"), *folder.parent.glob(".deleted-*")]:
+        shutil.rmtree(left)
     old = _old(folder)
     if old.is_dir():
         if folder.exists():
@@ -130,15 +133,42 @@ def recover(folder: Path) -> None:
             old.rename(folder)
 
 
-def recover_all(parent: Path) -> None:
-    for old in parent.glob(".old-*"):
-        recover(parent / old.name.removeprefix(".old-"))
+def _expired(folder: Path) -> bool:
+    try:
+        read_manifest(folder, folder.name)
+    except CheckpointNotFoundError:
+        return True
+    except CheckpointError:
+        pass
+    return False
+
+
+def locate(folder: Path) -> Path:
+    """Where the checkpoint's files are: what an overwrite replaces stands in until the new one is there."""
+    old = _old(folder)
+    return old if not folder.is_dir() and old.is_dir() else folder
+
+
+def names(parent: Path) -> list[str]:
+    """Names of the checkpoints in a run's segment."""
+    whole = {path.name for path in parent.glob("[!.]*")}
+    return sorted(whole | {path.name.removeprefix(".old-") for path in parent.glob(".old-*")})
+
+
+def delete_checkpoint(folder: Path, path: str) -> None:
+    """Gone at once, then removed. Raises CheckpointNotFoundError."""
+    place = locate(folder)
+    if not place.is_dir():
+        raise CheckpointNotFoundError(f"no checkpoint {path}; nothing was deleted")
+    aside = folder.parent / f".deleted-{uuid.uuid4().hex}"
+    place.rename(aside)
+    shutil.rmtree(_old(folder), ignore_errors=True)
+    shutil.rmtree(aside)
 
 
 def read_manifest(folder: Path, path: str) -> Manifest:
     """Raises CheckpointNotFoundError, or CheckpointError on one that MinT did not write or that is damaged."""
-    recover(folder)
-    file = folder / MANIFEST
+    file = locate(folder) / MANIFEST
     if not file.is_file():
         raise CheckpointNotFoundError(
             f"no checkpoint {path}; list what there is with RestClient.list_user_checkpoints()"
@@ -158,6 +188,7 @@ def read_manifest(folder: Path, path: str) -> Manifest:
 
 def read_checkpoint(folder: Path, path: str, *, optimizer: bool) -> tuple[Manifest, AdapterState]:
     """Every file is compared with its recorded SHA-256 before it is used."""
+    folder = locate(folder)
     manifest = read_manifest(folder, path)
     if optimizer and manifest.checkpoint_type != "training":
         raise CheckpointError(
@@ -183,7 +214,10 @@ def _strip(tensors: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarr
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
-def describe(folder: Path, manifest: Manifest) -> Checkpoint:
+def describe(folder: Path, path: str) -> Checkpoint:
+    """Raises as `read_manifest` does."""
+    folder = locate(folder)
+    manifest = read_manifest(folder, path)
     parsed = ParsedCheckpointTinkerPath.from_tinker_path(manifest.path)
     return Checkpoint(
         checkpoint_id=parsed.checkpoint_id,

@@ -92,6 +92,7 @@ class Core:
     def background(self, function: Callable[[], T]) -> Future[T]:
         """Run what waits (downloads, the engine) on a thread of its own; no waiter can cancel it."""
         self.check_process()
+        self.scheduler.refuse_engine_thread()
         future: Future[T] = Future()
         future.set_running_or_notify_cancel()
 

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from mint.errors import CheckpointError, CheckpointNotFoundError
 from mint.local import checkpoints
 from mint.types import Checkpoint, LoraConfig, ParsedCheckpointTinkerPath, TrainingRun
-from mint.types.checkpoints import SEGMENTS
+from mint.types.checkpoints import SEGMENTS, is_run_id
 
 logger = logging.getLogger("mint")
 
@@ -54,7 +54,7 @@ class RunStore:
 
     def record(self, run_id: str) -> RunRecord:
         """Raises CheckpointNotFoundError where there is no such run, or it is another tenant's."""
-        record = _read_record(self.folder(run_id) / RUN_FILE)
+        record = _read_record(self.folder(run_id) / RUN_FILE) if is_run_id(run_id) else None
         if record is None or record.run_id != run_id or record.tenant != self._tenant:
             raise CheckpointNotFoundError(f"no run {run_id!r}; list what there is with RestClient.list_training_runs()")
         return record
@@ -75,11 +75,10 @@ class RunStore:
         found = []
         for segment in SEGMENTS.values():
             parent = self.folder(run_id) / segment
-            checkpoints.recover_all(parent)
-            for folder in parent.glob("[!.]*"):
-                path = f"tinker://{run_id}/{segment}/{folder.name}"
+            for name in checkpoints.names(parent):
+                path = f"tinker://{run_id}/{segment}/{name}"
                 try:
-                    found.append(checkpoints.describe(folder, checkpoints.read_manifest(folder, path)))
+                    found.append(checkpoints.describe(parent / name, path))
                 except CheckpointNotFoundError:
                     continue  # expired
                 except CheckpointError as error:

@@ -11,7 +11,7 @@ from mint.errors import ClosedError, InputError
 from mint.hub import resolve_model
 from mint.local.checkpoints import read_checkpoint
 from mint.local.core import Core, SamplerRecord
-from mint.local.futures import combine
+from mint.local.futures import combine, done
 from mint.local.runs import RunStore
 from mint.local.saving import add_sampler
 from mint.local.scheduler import WorkJob
@@ -55,6 +55,9 @@ class SamplingOps:
         return core.background(create)
 
     def close_session(self, sampling_session_id: str) -> Future[None]:
+        record = self._core.samplers.get(sampling_session_id)
+        if record is None or record.tenant != self._tenant:
+            return done(None)
         return self._core.release(lambda: self._core.drop_sampler(sampling_session_id))
 
     def sample(self, sampling_session_id: str, sample_input: SampleInput) -> Future[SampleResponse]:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
 from concurrent.futures import Future
 from datetime import UTC, datetime, timedelta
 
-from mint.errors import CheckpointError, CheckpointNotFoundError
-from mint.local.checkpoints import Manifest, read_checkpoint, read_manifest, write_checkpoint
+from mint.errors import CheckpointError
+from mint.local.checkpoints import Manifest, delete_checkpoint, read_checkpoint, read_manifest, write_checkpoint
 from mint.local.core import Core, LoadedRun, SamplerRecord, Session
 from mint.local.futures import done
 from mint.local.runs import RunStore
@@ -141,12 +140,7 @@ class SavingOps:
         parsed = ParsedCheckpointTinkerPath.from_tinker_path(path)
 
         def delete() -> None:  # on the engine thread: no save of the same name is half-way
-            folder = self._store.checkpoint_folder(parsed)
-            if not folder.is_dir():
-                raise CheckpointNotFoundError(f"no checkpoint {parsed.tinker_path}; nothing was deleted")
-            aside = folder.parent / f".deleted-{folder.name}"
-            folder.rename(aside)
-            shutil.rmtree(aside)
+            delete_checkpoint(self._store.checkpoint_folder(parsed), parsed.tinker_path)
 
         return self._core.call(delete)
 

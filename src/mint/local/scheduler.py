@@ -108,12 +108,16 @@ class Scheduler:
         for _, job in queue.jobs.values():
             job.future.set_exception(ClosedError(f"run {run_id} was unloaded before this operation ran"))
 
-    def submit(self, run_id: str | None, seq_id: int, job: Job) -> Future[Any]:
-        """Set the job running in its turn. Raises ClosedError after `close`, OperationError from the engine thread."""
+    def refuse_engine_thread(self) -> None:
+        """Raises OperationError in a loss function: whatever it waited for would wait for it."""
         if threading.current_thread() is self._thread:
             raise OperationError(
                 "a loss function runs inside the engine and cannot call MinT; compute outside and pass the numbers in"
             )
+
+    def submit(self, run_id: str | None, seq_id: int, job: Job) -> Future[Any]:
+        """Set the job running in its turn. Raises ClosedError after `close`, OperationError from the engine thread."""
+        self.refuse_engine_thread()
         job.future.set_running_or_notify_cancel()  # from here on no waiter can cancel it
         with self._changed:
             if self._closing:
@@ -152,6 +156,7 @@ class Scheduler:
         self._fail_samples(backend, error)
 
     def submit_sample(self, backend: Backend, request: GenerateRequest) -> Future[Generation]:
+        self.refuse_engine_thread()
         future: Future[Generation] = Future()
         future.set_running_or_notify_cancel()
         with self._changed:
@@ -253,7 +258,7 @@ class Scheduler:
         except StopIteration as end:
             self._current = None
             self._finish(current, end.value)
-        except Exception as error:  # handed to everyone whose work it was
+        except BaseException as error:  # handed to everyone whose work it was; a loss function may raise anything
             self._current = None
             self._fail(current.jobs, error)
         share = (time.monotonic() - started) / len(current.jobs)
@@ -334,8 +339,6 @@ class Scheduler:
         except BaseException as error:  # the future's owner decides what to do with it
             self._done(run_id)
             job.future.set_exception(error)
-            if not isinstance(error, Exception):
-                raise
         else:
             self._done(run_id)
             job.future.set_result(value)

@@ -41,6 +41,7 @@ class LocalService:
         self._sampling = SamplingOps(core, store, tenant)
 
     def capabilities(self) -> Future[GetServerCapabilitiesResponse]:
+        self._core.check_process()
         loaded = [backend.limits for backend in list(self._core.backends.values())]
         contexts: dict[str, int | None] = dict.fromkeys(PACKAGED_MODELS)
         contexts.update({limits.base_model: limits.max_context for limits in loaded})
@@ -55,6 +56,9 @@ class LocalService:
         return done(None)
 
     def close_session(self, session_id: str) -> Future[None]:
+        session = self._core.sessions.get(session_id)
+        if session is None or session.tenant != self._tenant:
+            return done(None)
         return self._core.call(lambda: self._core.drop_session(session_id))
 
     @errors_in_future

@@ -12,15 +12,20 @@ from mint.errors import InputError
 
 CheckpointType = Literal["training", "sampler"]
 SEGMENTS: dict[CheckpointType, str] = {"training": "weights", "sampler": "sampler_weights"}
-_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,254}")
-_RUN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:\-]{0,254}")
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,239}")  # room for a prefix in a file name
+_RUN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:\-]{0,239}")
+
+
+def is_run_id(value: object) -> bool:
+    """Whether it can be the id of a run: such a name cannot leave the folder of runs."""
+    return isinstance(value, str) and _RUN.fullmatch(value) is not None
 
 
 def check_checkpoint_name(name: object) -> str:
-    """A checkpoint name as given, or InputError: 1-255 of A-Z a-z 0-9 _ - . and no leading dot or dash."""
+    """A checkpoint name as given, or InputError: 1-240 of A-Z a-z 0-9 _ - . and no leading dot or dash."""
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise InputError(
-            f"checkpoint name {name!r}: use 1 to 255 letters, digits, '_', '-' or '.', starting with a letter, digit or '_'"
+            f"checkpoint name {name!r}: use 1 to 240 letters, digits, '_', '-' or '.', starting with a letter, digit or '_'"
         )
     return name
 
@@ -41,7 +46,7 @@ class ParsedCheckpointTinkerPath(NamedTuple):
         scheme, _, rest = path.partition("://")
         parts = rest.split("/")
         kinds = {segment: kind for kind, segment in SEGMENTS.items()}
-        if scheme not in ("tinker", "mint") or len(parts) != 3 or parts[1] not in kinds or not _RUN.fullmatch(parts[0]):
+        if scheme not in ("tinker", "mint") or len(parts) != 3 or parts[1] not in kinds or not is_run_id(parts[0]):
             raise InputError(f"checkpoint path {path!r}: {expected}")
         return cls(parts[0], kinds[parts[1]], check_checkpoint_name(parts[2]))
 
