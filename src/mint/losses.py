@@ -21,23 +21,23 @@ Terms = tuple[Array, Array]  # (loss, d loss / d p), elementwise
 def cross_entropy(xp: Any, p: Array, inputs: Mapping[str, Array], config: Mapping[str, float]) -> Terms:
     """-w p. Weights may have any sign and size."""
     w = inputs["weights"]
-    return xp.where(w != 0, -w * p, 0.0 * w), -w
+    return xp.where(w != 0, -w * p, xp.zeros_like(w)), -w
 
 
 def importance_sampling(xp: Any, p: Array, inputs: Mapping[str, Array], config: Mapping[str, float]) -> Terms:
     """-exp(p - q) A."""
     active, a = inputs["advantages"] != 0, inputs["advantages"]
-    surrogate = xp.exp(xp.where(active, p - inputs["logprobs"], 0.0 * p)) * a
+    surrogate = xp.exp(xp.where(active, p - inputs["logprobs"], xp.zeros_like(p))) * a
     return -surrogate, -surrogate
 
 
 def ppo(xp: Any, p: Array, inputs: Mapping[str, Array], config: Mapping[str, float]) -> Terms:
     """-min(r A, clip(r, low, high) A) with r = exp(p - q); the thresholds are absolute ratio bounds."""
     active, a = inputs["advantages"] != 0, inputs["advantages"]
-    ratio = xp.exp(xp.where(active, p - inputs["logprobs"], 0.0 * p))
+    ratio = xp.exp(xp.where(active, p - inputs["logprobs"], xp.zeros_like(p)))
     free = ratio * a
     clipped = xp.clip(ratio, config["clip_low_threshold"], config["clip_high_threshold"]) * a
-    return -xp.minimum(free, clipped), xp.where(free <= clipped, -free, 0.0 * free)
+    return -xp.minimum(free, clipped), xp.where(free <= clipped, -free, xp.zeros_like(free))
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,9 +4,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tests.support.clients import Embedded, embedded
 
 import mint
+from tests.support.clients import Embedded, embedded
 
 
 @pytest.fixture

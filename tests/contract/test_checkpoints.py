@@ -9,6 +9,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+
+import mint
+from mint import CheckpointError, CheckpointNotFoundError, InputError, types
 from tests.support.clients import (
     GUARD,
     LEARNING,
@@ -22,9 +25,6 @@ from tests.support.clients import (
     same_weights,
     train,
 )
-
-import mint
-from mint import CheckpointError, CheckpointNotFoundError, InputError, types
 
 SHORT = types.SamplingParams(max_tokens=8, seed=0, stop=[])
 
@@ -304,9 +304,6 @@ def test_an_expired_checkpoint_is_as_if_it_were_not_there(
             use()
 
 
-@pytest.mark.xfail(
-    strict=True, raises=CheckpointError, reason="write_checkpoint takes an expired checkpoint for an existing one"
-)
 def test_the_name_of_an_expired_checkpoint_is_free(run: mint.TrainingClient, mint_home: Path) -> None:
     path = run.save_state("a", ttl_seconds=3600).result(GUARD).path
     expire(checkpoint_folder(mint_home, path))

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.support.clients import GUARD, LEARNING, Embedded, batch, embedded, logprobs, prompt, same_weights, train
 
 import mint
 from mint import InputError, NumericsError, OperationError, types
 from mint.types import Datum
+from tests.support.clients import GUARD, LEARNING, Embedded, batch, embedded, logprobs, prompt, same_weights, train
 
 
 def negative_log_likelihood(data: list[Datum], values: list[torch.Tensor]) -> tuple[torch.Tensor, dict[str, float]]:
@@ -147,10 +147,7 @@ REFUSED: dict[str, Callable[[mint.TrainingClient, mint.SamplingClient], Any]] = 
     "optim_step": lambda r, s: r.optim_step().result(MOMENT),
     "save_state": lambda r, s: r.save_state("a").result(MOMENT),
     "snapshot": lambda r, s: r.save_weights_and_get_sampling_client(),
-    "get_info": lambda r, s: r.get_info(),
     "compute_logprobs": lambda r, s: s.compute_logprobs(prompt()).result(MOMENT),
-}
-HANGING: dict[str, Callable[[mint.TrainingClient, mint.SamplingClient], Any]] = {
     "sample": lambda r, s: s.sample(prompt(), 1, types.SamplingParams(max_tokens=1)).result(MOMENT),
     "create_sampling_session": lambda r, s: r._service.create_sampling_session(
         r.model_id.partition(":")[0], s.get_base_model(), None
@@ -166,33 +163,16 @@ def loss_that(does: Callable[[], Any]) -> Callable[..., Any]:
     return loss
 
 
-@pytest.mark.parametrize(
-    "what",
-    [
-        *REFUSED,
-        *(
-            pytest.param(
-                name,
-                marks=pytest.mark.xfail(
-                    strict=True,
-                    raises=TimeoutError,
-                    reason="submit_sample and Core.background do not look which thread calls",
-                ),
-            )
-            for name in HANGING
-        ),
-    ],
-)
+@pytest.mark.parametrize("what", REFUSED)
 def test_a_loss_that_calls_mint_is_told_that_it_cannot(world: Embedded, run: mint.TrainingClient, what: str) -> None:
     sampler = run.save_weights_and_get_sampling_client()
-    call = (REFUSED | HANGING)[what]
+    call = REFUSED[what]
     with pytest.raises(OperationError, match=f"^{CANNOT}$"):
         run.forward_backward_custom(batch(), loss_that(lambda: call(run, sampler))).result(GUARD)
     other = world.client().create_lora_training_client(sampler.get_base_model(), rank=2)
     train(other, 1)  # the engine lives
 
 
-@pytest.mark.xfail(strict=True, raises=mint.ResultTimeoutError, reason="APIFuture does not look which thread waits")
 def test_a_loss_that_waits_for_another_result_is_told_that_it_cannot(world: Embedded, run: mint.TrainingClient) -> None:
     later: list[mint.APIFuture[Any]] = []
     with world.held():
@@ -202,9 +182,6 @@ def test_a_loss_that_waits_for_another_result_is_told_that_it_cannot(world: Embe
         future.result(GUARD)
 
 
-@pytest.mark.xfail(
-    strict=True, raises=AssertionError, reason="the refused call keeps its seq_id: all later operations wait for it"
-)
 def test_after_a_refused_call_the_run_goes_on(world: Embedded, run: mint.TrainingClient) -> None:
     with pytest.raises(OperationError):
         run.forward_backward_custom(batch(), loss_that(lambda: run.forward(batch()).result(MOMENT))).result(GUARD)
@@ -213,11 +190,7 @@ def test_after_a_refused_call_the_run_goes_on(world: Embedded, run: mint.Trainin
     assert later.done()
 
 
-@pytest.mark.xfail(
-    strict=True, raises=mint.ResultTimeoutError, reason="an error that is no Exception ends the engine's thread"
-)
 @pytest.mark.parametrize("error", [SystemExit(3), KeyboardInterrupt()], ids=["exit", "interrupt"])
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_loss_that_exits_takes_nobody_with_it(run: mint.TrainingClient, error: BaseException) -> None:
     def raise_it() -> None:
         raise error
@@ -225,7 +198,7 @@ def test_a_loss_that_exits_takes_nobody_with_it(run: mint.TrainingClient, error:
     with pytest.raises(type(error)):
         run.forward_backward_custom(batch(), loss_that(raise_it)).result(GUARD)
     with pytest.raises(OperationError, match="optim_step refused"):
-        run.optim_step().result(2)
+        run.optim_step().result(GUARD)
     train(run, 1)
 
 

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.support.clients import GUARD, Embedded, checkpoint_folder, child, embedded, same_weights, train
 
 import mint
 from mint.engine.backend import AdapterState
 from mint.local import checkpoints
+from tests.support.clients import GUARD, Embedded, checkpoint_folder, child, embedded, same_weights, train
 
 # For every step k of the save of NEW as TARGET: a process of its own on a copy of the folder, which kills itself before
 # step k. Steps are the calls that change the disk in an order that matters. The process holds no torch, so it may fork.
@@ -105,7 +105,9 @@ def test_an_overwrite_that_is_killed_leaves_the_old_or_the_new_checkpoint(
         assert same_weights(state_of(home, path), expected)  # and without a listing before
 
 
-def test_recovery_needs_no_listing(two_states: tuple[str, str], mint_home: Path, tmp_path: Path) -> None:
+def test_reading_what_an_interrupted_overwrite_left_changes_nothing(
+    two_states: tuple[str, str], mint_home: Path, tmp_path: Path
+) -> None:
     path, new = two_states
     before = state_of(mint_home, path)
     homes = killed_at_every_step(mint_home, tmp_path / "copies", new, path)
@@ -113,8 +115,12 @@ def test_recovery_needs_no_listing(two_states: tuple[str, str], mint_home: Path,
     home = homes[second][1]
     folder = checkpoint_folder(home, path)
     assert not folder.exists() and folder.with_name(".old-old").is_dir()
-    assert same_weights(state_of(home, path), before)
-    assert folder.exists() and not folder.with_name(".old-old").exists()
+    for _ in range(2):
+        assert same_weights(state_of(home, path), before)
+    assert not folder.exists() and folder.with_name(".old-old").is_dir()
+    checkpoints.delete_checkpoint(folder, path)
+    with pytest.raises(mint.CheckpointNotFoundError):
+        state_of(home, path)
 
 
 def test_a_first_save_that_is_killed_leaves_nothing_or_all(
@@ -137,7 +143,6 @@ def test_a_first_save_that_is_killed_leaves_nothing_or_all(
                 state_of(home, path)
 
 
-@pytest.mark.xfail(strict=True, raises=AssertionError, reason="folders .new-* of killed saves are never removed")
 def test_the_next_save_cleans_up_after_a_killed_one(run: mint.TrainingClient, mint_home: Path) -> None:
     folder = checkpoint_folder(mint_home, run.save_state("a").result(GUARD).path)
     (folder.parent / ".new-a-0123456789abcdef").mkdir()
@@ -166,7 +171,6 @@ def test_a_save_that_fails_leaves_the_old_checkpoint_and_no_rubbish(
     assert same_weights(world.state(run), saved)
 
 
-@pytest.mark.xfail(strict=True, raises=OSError, reason="delete_checkpoint renames onto what an interrupted delete left")
 def test_a_delete_that_was_killed_does_not_keep_the_name(
     run: mint.TrainingClient, client: mint.ServiceClient, mint_home: Path
 ) -> None:
@@ -183,9 +187,6 @@ def run_elsewhere(function: Callable[[], Any]) -> None:
     thread.join(GUARD)
 
 
-@pytest.mark.xfail(
-    strict=True, raises=OSError, reason="readers repair what looks interrupted, although its writer is alive"
-)
 @pytest.mark.parametrize("number", [1, 2], ids=["between the renames", "before the old one is removed"])
 def test_a_listing_during_an_overwrite_does_not_disturb_it(
     world: Embedded, run: mint.TrainingClient, monkeypatch: pytest.MonkeyPatch, number: int
@@ -207,3 +208,64 @@ def test_a_listing_during_an_overwrite_does_not_disturb_it(
     assert [c.tinker_path for c in listed] == [path]
     run.load_state_with_optimizer(path).result(GUARD)
     assert same_weights(world.state(run), saved)
+
+
+def test_a_listing_that_began_during_an_overwrite_ends_after_it(
+    world: Embedded, run: mint.TrainingClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = run.save_state("a").result(GUARD).path
+    rename, locate = os.rename, checkpoints.locate
+    between, go_on = threading.Event(), threading.Event()
+
+    def slow_rename(*args: Any) -> None:
+        monkeypatch.setattr(os, "rename", rename)
+        rename(*args)
+        between.set()
+        go_on.wait(GUARD)
+
+    def slow_locate(folder: Path) -> Path:
+        monkeypatch.setattr(checkpoints, "locate", locate)
+        place = locate(folder)
+        go_on.set()
+        saved.result(GUARD)
+        return place
+
+    monkeypatch.setattr(os, "rename", slow_rename)
+    saved = run.save_state("a", overwrite=True)
+    assert between.wait(GUARD)
+    monkeypatch.setattr(checkpoints, "locate", slow_locate)
+    assert [c.tinker_path for c in world.rest().list_checkpoints(run.model_id).result().checkpoints] == [path]
+
+
+def test_a_checkpoint_that_is_replaced_while_it_is_read_is_the_old_or_the_new_one(
+    world: Embedded, run: mint.TrainingClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = run.save_state("a").result(GUARD).path
+    train(run, 1)
+    sha256 = checkpoints._sha256
+
+    def slow(file: Path) -> str:
+        monkeypatch.setattr(checkpoints, "_sha256", sha256)
+        run.save_state("a", overwrite=True).result(GUARD)
+        return sha256(file)
+
+    monkeypatch.setattr(checkpoints, "_sha256", slow)
+    run.create_sampling_client(path)
+
+
+def test_a_delete_that_is_killed_does_not_bring_an_older_one_back(
+    run: mint.TrainingClient, client: mint.ServiceClient, mint_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = checkpoint_folder(mint_home, run.save_state("a").result(GUARD).path)
+    shutil.copytree(folder, folder.with_name(".old-a"))  # an overwrite was killed before it removed what it replaced
+    rest = client.create_rest_client()
+
+    def killed(*args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            rest.delete_checkpoint(run.model_id, "weights/a").result(GUARD)
+    left = [c.checkpoint_id for c in rest.list_checkpoints(run.model_id).result().checkpoints]
+    assert not folder.exists() and left == []

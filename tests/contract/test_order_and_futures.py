@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.support.clients import GUARD, LEARNING, Embedded, batch, logprobs, prompt, same_weights, train
 
 import mint
 from mint import ResultTimeoutError, types
+from tests.support.clients import GUARD, LEARNING, Embedded, batch, logprobs, prompt, same_weights, train
 
 LONG = types.SamplingParams(max_tokens=64, stop=[], seed=1)
 
@@ -237,7 +237,6 @@ def test_what_a_dropped_client_was_told_is_done_first(
     assert len(world.rest().list_checkpoints(run_id).result().checkpoints) == 1
 
 
-@pytest.mark.xfail(strict=True, raises=AssertionError, reason="APIFuture never lets go of its owner")
 def test_a_future_lets_go_of_its_client_once_the_result_is_there(
     world: Embedded, client: mint.ServiceClient, tiny_model: str
 ) -> None:

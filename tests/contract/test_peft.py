@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file
+
 from tests.support.clients import GUARD, Embedded, batch, checkpoint_folder, logprobs, train
 from tests.support.tiny_models import write_tiny_model
 

@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.support.clients import GUARD, batch
 
 from mint.engine.backend import GenerateRequest, Generation, PartResult
 from mint.local.policy import Head, Kind, charge, next_heads, next_kind
 from mint.local.scheduler import CallJob, PassJob, Scheduler
 from mint.types.requests import prepare_training_input
+from tests.support.clients import GUARD, batch
 
 NOTHING: dict[Kind, float] = {"train": 0.0, "sample": 0.0}
 COSTS = st.lists(st.integers(1, 1000).map(float), min_size=30, max_size=30)  # whole numbers, so that sums are exact
@@ -255,9 +255,6 @@ def test_two_waiting_tenants_take_turns(scheduler: Scheduler, clock: Clock) -> N
     assert log == ["x1", "y"] * 4
 
 
-@pytest.mark.xfail(
-    strict=True, raises=AssertionError, reason="a tenant's time is counted for ever, also while it is alone"
-)
 def test_a_tenant_that_worked_alone_does_not_pay_for_it_when_another_comes(scheduler: Scheduler, clock: Clock) -> None:
     old, new = CountingBackend(clock), CountingBackend(clock)
     new.log = old.log

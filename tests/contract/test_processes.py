@@ -6,10 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
-from tests.support.clients import child
 
 import mint
 from mint.client import connect
+from tests.support.clients import child
 
 # Leaves while a long sample, a training queue and a background load are under way and nobody waits for them.
 LEAVE = """

@@ -8,10 +8,10 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from tests.support.clients import LEARNING, batch, prompt
 
 import mint
 from mint import types
+from tests.support.clients import LEARNING, batch, prompt
 
 # Parameter names and defaults are what users' code depends on: a change here breaks it.
 SIGNATURES = {
@@ -238,7 +238,6 @@ def test_creation_calls_answer_result_and_await_with_the_client_itself(
     assert asyncio.run(go()) == (run, sampler, run, sampler)
 
 
-@pytest.mark.xfail(strict=True, raises=AttributeError, reason="the protocol's future() and coroutine() are missing")
 @pytest.mark.parametrize("name", ["future", "coroutine"])
 def test_an_api_future_hands_out_its_future_and_a_coroutine(run: mint.TrainingClient, name: str) -> None:
     getattr(run.forward(batch()), name)

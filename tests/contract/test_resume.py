@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 from safetensors.numpy import load_file
+
 from tests.support.clients import GUARD, checkpoint_folder, child, embedded, train
 
 GO_ON = """

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.support.clients import CONTEXT, GUARD, VOCAB_SIZE, Embedded, logprobs, prompt, tokens, train
 
 import mint
 from mint import types
 from mint.local.stop import new_stop_check
+from tests.support.clients import CONTEXT, GUARD, VOCAB_SIZE, Embedded, logprobs, prompt, tokens, train
 
 FREE = {"seed": 7, "max_tokens": 24, "stop": []}
 END_OF_TEXT = VOCAB_SIZE - 3  # of the tiny model

@@ -10,11 +10,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from mint.local.checkpoints import read_checkpoint
 from tests.support.clients import checkpoint_folder, embedded
 from tests.support.fakehub import FakeHub
 from tests.support.tiny_models import NO_ROBOTS, TULU3, write_tiny_dataset, write_tiny_model
-
-from mint.local.checkpoints import read_checkpoint
 
 PROGRAM = Path(__file__).with_name("tutorial.py")
 ROWS = {"no_robots": (64, 16), "tulu3": (76, 1024)}  # train and test

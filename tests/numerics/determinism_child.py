@@ -40,7 +40,9 @@ def digest(folder: Path, dtype: str) -> str:
     seen.update(parameters(backend, "run").numpy().tobytes())
     seen.update(forward(backend, "run", weighted_datums(generator, [50])).logprobs[0].tobytes())
     adapter = backend.snapshot("run")
-    for generation in generate(backend, request(random_prompt(30), adapter=adapter, num_samples=3), request(random_prompt(9))):
+    for generation in generate(
+        backend, request(random_prompt(30), adapter=adapter, num_samples=3), request(random_prompt(9))
+    ):
         for sequence in generation.sequences:
             seen.update(repr((sequence.tokens, sequence.logprobs)).encode())
     return seen.hexdigest()

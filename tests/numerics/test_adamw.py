@@ -42,7 +42,14 @@ CASES: dict[str, dict[str, float]] = {
         "grad_clip_norm": 20.0,
     },
 }
-PROTOCOL = {"learning_rate": 1e-4, "beta1": 0.9, "beta2": 0.95, "eps": 1e-12, "weight_decay": 0.0, "grad_clip_norm": 0.0}
+PROTOCOL = {
+    "learning_rate": 1e-4,
+    "beta1": 0.9,
+    "beta2": 0.95,
+    "eps": 1e-12,
+    "weight_decay": 0.0,
+    "grad_clip_norm": 0.0,
+}
 
 
 def test_defaults_are_the_protocols() -> None:

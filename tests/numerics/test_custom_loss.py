@@ -105,7 +105,9 @@ def test_cross_entropy_written_by_hand_equals_cross_entropy(tiny: Callable[..., 
     expected = gradient(backend, "run")
     backend.discard_gradient("run")
     stripped = [make_datum(d.model_input.to_ints(), d.loss_fn_inputs["target_tokens"]) for d in data]
-    result = _custom(backend, stripped, lambda p: -torch.stack([(w * x).sum() for w, x in zip(weights, p, strict=True)]).sum())
+    result = _custom(
+        backend, stripped, lambda p: -torch.stack([(w * x).sum() for w, x in zip(weights, p, strict=True)]).sum()
+    )
     assert largest_difference(result.logprobs, plain.logprobs) <= FP32_LOGPROB
     assert relative_error(gradient(backend, "run"), expected) <= FP32_GRADIENT
 

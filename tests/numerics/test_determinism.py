@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,6 +16,7 @@ from tests.support.engine import (
     gradient,
     open_backend,
     parameters,
+    run_child,
     weighted_datums,
 )
 
@@ -27,12 +26,9 @@ DTYPES = ("float32", "bfloat16")
 def test_a_new_process_computes_the_same_bits(tiny: Callable[..., Path]) -> None:
     """Against this process, in which dozens of other models have run and left their memory."""
     folder = tiny("qwen3")
-    child = subprocess.run(
-        [sys.executable, "-m", determinism_child.__name__, str(folder), *DTYPES],
-        capture_output=True, text=True, check=True, timeout=120, cwd=Path(__file__).parents[2],
-    )  # fmt: skip
+    there = run_child(determinism_child, folder, *DTYPES)
     here = [determinism_child.digest(folder, dtype) for dtype in DTYPES]
-    assert child.stdout.split() == here
+    assert there == here
     assert here[0] != here[1]
 
 

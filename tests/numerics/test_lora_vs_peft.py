@@ -87,7 +87,9 @@ def test_scale_is_32_over_rank(tiny: Callable[..., Path], rank: int) -> None:
 
 
 def test_models_with_biases_equal_peft(tmp_path: Path) -> None:
-    _assert_as_peft(write_variant(tmp_path / "biased", "llama", attention_bias=True, mlp_bias=True), types.LoraConfig(rank=4))
+    _assert_as_peft(
+        write_variant(tmp_path / "biased", "llama", attention_bias=True, mlp_bias=True), types.LoraConfig(rank=4)
+    )
 
 
 @pytest.mark.parametrize("kv_heads", [1, 4])
@@ -118,7 +120,10 @@ def test_adapters_of_different_shape_in_one_pass_equal_their_own_peft_models(
     backend = open_backend(folder)
     runs = _runs_of_different_shape(backend)
     generator = np.random.default_rng(2)
-    data = {name: weighted_datums(generator, lengths) for name, lengths in zip(runs, ((20, 3), (9, 140), (50,)), strict=True)}
+    data = {
+        name: weighted_datums(generator, lengths)
+        for name, lengths in zip(runs, ((20, 3), (9, 140), (50,)), strict=True)
+    }
     results = drain(backend.forward_backward([part(name, data[name]) for name in runs]))
     for (name, (lora, tensors)), result in zip(runs.items(), results, strict=True):
         expected, expected_gradient = _peft(folder, tensors, lora.rank, data[name])
@@ -133,7 +138,11 @@ def test_a_run_that_a_pass_does_not_involve_keeps_every_bit(tiny: Callable[..., 
     forward_backward(backend, "a", weighted_datums(generator, [20]))  # an accumulated gradient to be kept
     before = parameters(backend, "a"), gradient(backend, "a")
     assert before[1].norm() > 0
-    drain(backend.forward_backward([part("b", weighted_datums(generator, [30])), part("c", weighted_datums(generator, [9]))]))
+    drain(
+        backend.forward_backward(
+            [part("b", weighted_datums(generator, [30])), part("c", weighted_datums(generator, [9]))]
+        )
+    )
     backend.optim_step("b", types.AdamParams(learning_rate=1e-2))
     backend.discard_gradient("c")
     drain(backend.forward([part("a", weighted_datums(generator, [12]))]))

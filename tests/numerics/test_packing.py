@@ -132,7 +132,9 @@ def test_weights_of_zero_everywhere_leave_a_zero_gradient(tiny: Callable[..., Pa
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("cap", [64, 4096])
 @pytest.mark.parametrize("loss_fn", ["cross_entropy", "importance_sampling"])
-def test_forward_has_the_bits_of_forward_backward(tiny: Callable[..., Path], dtype: str, cap: int, loss_fn: str) -> None:
+def test_forward_has_the_bits_of_forward_backward(
+    tiny: Callable[..., Path], dtype: str, cap: int, loss_fn: str
+) -> None:
     """So that the ratio p / q of an unchanged policy is exactly 1. It touches no gradient."""
     backend = open_backend(tiny("qwen3"), dtype, max_tokens_per_pass=cap)
     add_random_run(backend, "run", LORA)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable
 from itertools import accumulate, chain, pairwise
 from pathlib import Path
@@ -12,12 +10,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mint import types
 from mint.engine.models.config import DecoderConfig
 from mint.engine.models.weights import read_config
 from mint.engine.plan import BEST_TOKENS_PER_PASS, MIN_TOKENS_PER_PASS, make_plan, split_into_passes
 from mint.errors import InputError
 from tests.numerics import memory_child
-from tests.support.engine import open_backend
+from tests.support.engine import open_backend, run_child
 
 LENGTHS = st.lists(st.integers(1, 60), min_size=1, max_size=24)
 CAPS = st.integers(1, 120)
@@ -109,8 +108,6 @@ def test_an_asked_size_wins_but_not_over_memory(config: DecoderConfig) -> None:
 
 
 def test_a_run_reports_its_plan(tiny: Callable[..., Path]) -> None:
-    from mint import types
-
     backend = open_backend(tiny("llama"), max_tokens_per_pass=77)
     plan = backend.add_run("run", types.LoraConfig(rank=1), 0).plan
     assert (plan.max_tokens_per_pass, plan.max_tokens) == (77, backend.limits.max_context)
@@ -128,11 +125,7 @@ def test_a_pass_needs_the_memory_planned_for_it(
     twice too large would refuse texts that fit.
     """
     folder = tiny("llama", hidden=256, layers=20, intermediate=704, heads=8, kv_heads=4, vocab_size=2000, context=4096)
-    child = subprocess.run(
-        [sys.executable, "-m", memory_child.__name__, str(folder), dtype, *["384"] * 4],
-        capture_output=True, text=True, check=True, timeout=120, cwd=Path(__file__).parents[2],
-    )  # fmt: skip
-    planned, measured = map(int, child.stdout.split())
+    planned, measured = map(int, run_child(memory_child, folder, dtype, *[384] * 4))
     record_property("measured / planned", measured / planned)
     print(f"{dtype}: planned {planned / 2**20:.0f} MiB, measured {measured / 2**20:.0f} MiB")
     assert planned / 2 <= measured <= planned * 4 / 3

@@ -27,6 +27,14 @@ OPTIONS: list[dict[str, Any]] = [
     {"top_p": 0.5},
     {"temperature": 0.7, "top_k": 40, "top_p": 0.8},
 ]
+# what each is told apart from, so that the tests can fail
+WRONG: list[dict[str, Any]] = [
+    {"temperature": 1.5},
+    {"temperature": 1.0},
+    {"temperature": 0.75, "top_k": 12},
+    {"top_p": 0.4},
+    {"temperature": 0.7, "top_k": 40, "top_p": 0.7},
+]
 PROMPT = random_prompt(17)
 
 
@@ -61,8 +69,10 @@ def logits(tiny: Callable[..., Path]) -> np.ndarray:
         return transformers_model(tiny("llama"))(torch.tensor([PROMPT])).logits[0, -1].numpy()
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_draws_follow_the_distribution(tiny: Callable[..., Path], logits: np.ndarray, options: dict[str, Any]) -> None:
+@pytest.mark.parametrize(("options", "wrong"), list(zip(OPTIONS, WRONG, strict=True)), ids=str)
+def test_draws_follow_the_distribution(
+    tiny: Callable[..., Path], logits: np.ndarray, options: dict[str, Any], wrong: dict[str, Any]
+) -> None:
     """2,000 first tokens of as many random streams, chi-square against the whole distribution; false alarm 1e-6.
 
     No token outside the allowed set is ever drawn, and every one inside that is expected 30 times is (a miss has
@@ -77,24 +87,21 @@ def test_draws_follow_the_distribution(tiny: Callable[..., Path], logits: np.nda
     assert not counts[p == 0].any()
     assert counts[p * DRAWS >= 30].all()
     assert chi_square_p_value(counts, p) >= FALSE_ALARM
-    # so that this can fail: a fifth more temperature would be noticed
-    hotter = distribution(logits, **{**options, "temperature": 1.2 * options.get("temperature", 1.0)})
-    assert counts[hotter == 0].any() or chi_square_p_value(counts, hotter) < FALSE_ALARM
+    other = distribution(logits, **wrong)
+    assert counts[other == 0].any() or chi_square_p_value(counts, other) < FALSE_ALARM
 
 
-def test_streams_of_one_request_are_independent(tiny: Callable[..., Path], logits: np.ndarray) -> None:
-    """Pairs of neighbouring streams, of the same stream's two first tokens' uniforms: chi-square on a 4 x 4 table of
-    which quarter of the distribution each of the two tokens fell into; false alarm 1e-6."""
+def test_neighbouring_streams_are_independent(tiny: Callable[..., Path], logits: np.ndarray) -> None:
+    """Streams i and i + 1 of a seed, and stream i of seeds s and s + 1: which quarter of the distribution each of a pair
+    fell into, chi-square on the 4 x 4 table of disjoint pairs; false alarm 1e-6 each."""
     backend = open_backend(tiny("llama"))
     generations = generate(backend, *(request(PROMPT, max_new=1, num_samples=250, seed=seed) for seed in range(8)))
     p = distribution(logits)
     quarter = np.minimum((4 * (np.cumsum(p) - p / 2)).astype(int), 3)
     share = np.bincount(quarter, weights=p, minlength=4)
     streams = np.array([[quarter[s.tokens[0]] for s in generation.sequences] for generation in generations])
-    for left, right in ((streams[:, :-1], streams[:, 1:]), (streams[:-1], streams[1:])):
-        # disjoint pairs, so that the table's entries are independent
-        pairs = (left[:, ::2], right[:, ::2]) if left.shape[1] < 250 else (left[::2], right[::2])
-        table = np.bincount((4 * pairs[0] + pairs[1]).ravel(), minlength=16)
+    for left, right in ((streams[:, ::2], streams[:, 1::2]), (streams[::2], streams[1::2])):
+        table = np.bincount((4 * left + right).ravel(), minlength=16)
         assert chi_square_p_value(table, np.outer(share, share).ravel()) >= FALSE_ALARM
 
 

@@ -54,6 +54,20 @@ def test_neighbours_change_no_bit_in_bf16(tiny: Callable[..., Path], family: str
         _assert_bit_equal([_among(backend, adapter if with_adapter else None, num_others)], [alone])
 
 
+@pytest.mark.parametrize("with_adapter", [False, True], ids=["base", "adapter"])
+def test_prompts_prefilled_together_change_no_bit(tiny: Callable[..., Path], with_adapter: bool) -> None:
+    """Prompts that arrive together may share a pass: seen in the likeliest first tokens, before any decode step."""
+    backend, adapter = _backend(tiny("llama"), "bfloat16")
+    options = {"adapter": adapter if with_adapter else None, "max_new": 1, "num_topk": 50}
+    prompts = [random_prompt(length) for length in (3, 20, 33, 100, 256, 300)]
+    for prompt in prompts:
+        (alone,) = generate(backend, request(prompt, **options))
+        for num_others in (1, 3, 7):
+            others = [request(random_prompt(5 + 11 * i, seed=1), **options) for i in range(num_others)]
+            found = generate(backend, *others, request(prompt, **options))[-1]
+            assert found.sequences == alone.sequences
+
+
 ONE_ROW = pytest.mark.xfail(
     strict=True, reason="a decode step of one row, or of one row of an adapter, has other bits than one of several"
 )

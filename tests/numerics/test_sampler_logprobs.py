@@ -165,7 +165,9 @@ def test_adapters_and_the_base_share_a_decode_step(tiny: Callable[..., Path]) ->
     handles[None] = None
     order: list[str | None] = ["a", None, "b", "a", "b", None]
     prompts = [random_prompt(20 + i) for i in range(len(order))]
-    requests = [request(p, adapter=handles[name], seed=i) for i, (name, p) in enumerate(zip(order, prompts, strict=True))]
+    requests = [
+        request(p, adapter=handles[name], seed=i) for i, (name, p) in enumerate(zip(order, prompts, strict=True))
+    ]
     for name, prompt, given, generation in zip(order, prompts, requests, generate(backend, *requests), strict=True):
         (sequence,) = generation.sequences
         (alone,) = generate(backend, given)
@@ -196,7 +198,9 @@ def test_a_snapshot_keeps_still_while_training_goes_on(tiny: Callable[..., Path]
     while not during:
         during = backend.step()
     (after,) = generate(backend, given)
-    (restored,) = generate(backend, request(random_prompt(40), adapter=backend.add_snapshot(LORA, saved), num_samples=2))
+    (restored,) = generate(
+        backend, request(random_prompt(40), adapter=backend.add_snapshot(LORA, saved), num_samples=2)
+    )
     for generation in (during[0], after, restored):
         assert generation.sequences == before.sequences
     (moved,) = generate(backend, request(random_prompt(40), adapter=backend.snapshot("run"), num_samples=2))

@@ -63,7 +63,9 @@ def test_a_stop_token_ends_it_and_is_kept_once(
     _assert_cut(_sample(backend, stop_tokens=frozenset({never})), unstopped, LONG, "length")
 
 
-def test_the_models_end_of_text_is_a_stop_token_like_any_other(tiny: Callable[..., Path], unstopped: SampledSequence) -> None:
+def test_the_models_end_of_text_is_a_stop_token_like_any_other(
+    tiny: Callable[..., Path], unstopped: SampledSequence
+) -> None:
     """The limits name it; whether it stops is the request's affair."""
     backend = open_backend(tiny("llama"))
     assert backend.limits.eos_token_ids == (381,)

@@ -11,7 +11,6 @@ import torch
 
 from mint import types
 from tests.support.engine import (
-    add_random_run,
     cross_entropy_loss,
     forward_backward,
     open_backend,

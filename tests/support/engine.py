@@ -11,9 +11,12 @@ torch models are compared in one thread: the number of threads decides the last 
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any, TypeVar
 
 import numpy as np
@@ -51,6 +54,19 @@ def open_backend(
 ) -> DecoderBackend:
     settings = Settings(folder, None, dtype, num_threads, max_tokens_per_pass)
     return DecoderBackend(folder, folder.name, settings)
+
+
+def run_child(module: ModuleType, *arguments: object) -> list[str]:
+    """Run a module of this repository in a new process; the words it prints. Fails with its error output."""
+    child = subprocess.run(
+        [sys.executable, "-m", module.__name__, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=Path(__file__).parents[2],
+    )
+    assert child.returncode == 0, child.stderr
+    return child.stdout.split()
 
 
 # models
@@ -156,7 +172,9 @@ def set_tensors(backend: DecoderBackend, run_id: str, tensors: dict[str, np.ndar
     backend.import_state(run_id, AdapterState(tensors), optimizer=False)
 
 
-def part(run_id: str, data: Sequence[types.Datum], loss_fn: str = "cross_entropy", config: Config | None = None) -> Part:
+def part(
+    run_id: str, data: Sequence[types.Datum], loss_fn: str = "cross_entropy", config: Config | None = None
+) -> Part:
     return Part(run_id, prepare_training_input(data, loss_fn, config))
 
 

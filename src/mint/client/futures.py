@@ -9,7 +9,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Coroutine, Generator, Iterator
 from concurrent.futures import Future
 from typing import Any, Generic, TypeVar
 
@@ -107,6 +107,23 @@ class APIFuture(Generic[T]):
 
     def _timeout_error(self, timeout: float | None) -> ResultTimeoutError:
         return ResultTimeoutError(f"{self._what}: no result within {timeout} s; it is still running, ask again later")
+
+    def future(self) -> Future[T]:
+        """The result as a concurrent future; cancelling it does nothing."""
+        if self._convert is None:
+            return self._future
+        converted: Future[T] = Future()
+        converted.set_running_or_notify_cancel()
+
+        def on_done(_: Future[Any]) -> None:
+            error = self._future.exception()
+            converted.set_exception(error) if error is not None else converted.set_result(self._value())
+
+        self._future.add_done_callback(on_done)
+        return converted
+
+    def coroutine(self) -> Coroutine[Any, Any, T]:
+        return self.result_async()
 
     def __await__(self) -> Generator[Any, None, T]:
         return self.result_async().__await__()

@@ -63,10 +63,11 @@ class TrainingRun:
                 f"optim_step: the gradient norm is {grad_norm}; nothing was changed and the gradient was cleared. "
                 "Look for extreme weights, advantages or logprobs in the data since the last step"
             )
+        first_P = self.params_P.clone() if self.adam.step == 0 else None
         update_norm = adam_step(self.params_P, self.gradient.flat_P, self.adam, hyper, grad_norm)
         self.clear_gradient()
-        if hyper.learning_rate > 0 and grad_norm > 0 and update_norm == 0 and self.adam.step == 1:
-            self.adam = new_adam_state(self.params_P)
+        if first_P is not None and hyper.learning_rate > 0 and grad_norm > 0 and update_norm == 0:
+            self.params_P, self.adam = first_P, new_adam_state(first_P)
             raise NumericsError(
                 f"optim_step: gradient norm {grad_norm:g} moved no weight at learning rate {hyper.learning_rate:g}; "
                 "raise the learning rate"

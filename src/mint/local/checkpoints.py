@@ -4,7 +4,7 @@ A checkpoint is a folder RUN/weights/NAME or RUN/sampler_weights/NAME with
 
     adapter_model.safetensors, adapter_config.json   the adapter in PEFT's format, as PEFT reads it
     optimizer.safetensors                            training only: Adam's moments by the adapter's names
-    manifest.json                                    everything else, and the SHA-256 of each file; written last
+    manifest.json                                    everything else, the SHA-256 of each file, and its own digest
 
 Folders whose name starts with a dot are no checkpoints: ".new-*" is being written, ".deleted-*" removed. ".old-NAME" is
 what an overwrite replaces, and stands for NAME while there is no folder of that name. Readers change nothing; what a
@@ -18,21 +18,23 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load, save_file
 
 from mint.engine.backend import AdapterState, RunPlan
 from mint.errors import CheckpointError, CheckpointNotFoundError
 from mint.types import Checkpoint, LoraConfig, ParsedCheckpointTinkerPath
 from mint.types.checkpoints import CheckpointType
 from mint.types.params import LORA_ALPHA
+
+T = TypeVar("T")
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -57,6 +59,7 @@ class Manifest(BaseModel):
     user_metadata: dict[str, str]
     expires_at: datetime | None = None
     sha256: dict[str, str] = {}
+    digest: str = ""
 
 
 def peft_config(manifest: Manifest) -> dict[str, Any]:
@@ -78,7 +81,7 @@ def peft_config(manifest: Manifest) -> dict[str, Any]:
 def write_checkpoint(folder: Path, manifest: Manifest, state: AdapterState, *, overwrite: bool) -> None:
     """Atomic: after it returns the checkpoint is on disk; if it does not, whatever stood there before still stands."""
     _tidy(folder)
-    if folder.exists() and not overwrite and not _expired(folder):
+    if folder.exists() and not overwrite and not _expired(folder, manifest.path):
         raise CheckpointError(f"checkpoint {manifest.path} exists; save under another name or with overwrite=True")
     fresh = folder.parent / f".new-{uuid.uuid4().hex}"
     fresh.mkdir(parents=True)
@@ -101,8 +104,9 @@ def _write_files(fresh: Path, manifest: Manifest, state: AdapterState) -> None:
         moments = {"exp_avg": state.exp_avg, "exp_avg_sq": state.exp_avg_sq}
         save_file({f"{kind}.{k}": v for kind, part in moments.items() for k, v in part.items()}, fresh / OPTIMIZER)
     sums = {path.name: _sha256(path) for path in sorted(fresh.iterdir())}
-    text = manifest.model_copy(update={"sha256": sums}).model_dump_json(indent=2)
-    (fresh / MANIFEST).write_text(text, encoding="utf-8")
+    signed = manifest.model_copy(update={"sha256": sums})
+    signed = signed.model_copy(update={"digest": _digest(signed)})
+    (fresh / MANIFEST).write_text(signed.model_dump_json(indent=2), encoding="utf-8")
     for path in fresh.iterdir():
         _flush(path)
     _flush(fresh)
@@ -133,9 +137,9 @@ def _tidy(folder: Path) -> None:
             old.rename(folder)
 
 
-def _expired(folder: Path) -> bool:
+def _expired(folder: Path, path: str) -> bool:
     try:
-        read_manifest(folder, folder.name)
+        read_manifest(folder, path)
     except CheckpointNotFoundError:
         return True
     except CheckpointError:
@@ -157,53 +161,99 @@ def names(parent: Path) -> list[str]:
 
 def delete_checkpoint(folder: Path, path: str) -> None:
     """Gone at once, then removed. Raises CheckpointNotFoundError."""
-    place = locate(folder)
-    if not place.is_dir():
+    if not locate(folder).is_dir():
         raise CheckpointNotFoundError(f"no checkpoint {path}; nothing was deleted")
-    aside = folder.parent / f".deleted-{uuid.uuid4().hex}"
-    place.rename(aside)
-    shutil.rmtree(_old(folder), ignore_errors=True)
-    shutil.rmtree(aside)
+    aside = []
+    for place in (_old(folder), folder):  # what was replaced goes first, or it would stand in again
+        if place.is_dir():
+            aside.append(place.rename(folder.parent / f".deleted-{uuid.uuid4().hex}"))
+    for place in aside:
+        shutil.rmtree(place)
+
+
+def _unchanging(folder: Path, read: Callable[[Path], T]) -> T:
+    """What `read` makes of the checkpoint's files, read again where a save replaced them meanwhile."""
+    for _ in range(10):
+        place = locate(folder)
+        before = _stamp(place)
+        try:
+            return read(place)
+        except (CheckpointError, CheckpointNotFoundError, FileNotFoundError):
+            if locate(folder) == place and _stamp(place) == before:
+                raise
+    return read(locate(folder))
+
+
+def _stamp(place: Path) -> tuple[int, int] | None:
+    try:
+        found = (place / MANIFEST).stat()
+    except FileNotFoundError:
+        return None
+    return found.st_ino, found.st_mtime_ns
 
 
 def read_manifest(folder: Path, path: str) -> Manifest:
     """Raises CheckpointNotFoundError, or CheckpointError on one that MinT did not write or that is damaged."""
-    file = locate(folder) / MANIFEST
+    return _unchanging(folder, lambda place: _read_manifest(place, path))
+
+
+def _read_manifest(place: Path, path: str) -> Manifest:
+    file = place / MANIFEST
     if not file.is_file():
         raise CheckpointNotFoundError(
             f"no checkpoint {path}; list what there is with RestClient.list_user_checkpoints()"
         )
     try:
-        manifest = Manifest.model_validate_json(file.read_bytes())
-    except ValidationError as error:
+        raw = json.loads(file.read_bytes())
+        number = raw["format"]
+        if number != FORMAT:
+            raise CheckpointError(f"checkpoint {path}: format {number}, this MinT reads format {FORMAT}")
+        manifest = Manifest.model_validate_json(json.dumps(raw))
+    except (CheckpointError, FileNotFoundError):
+        raise
+    except (ValueError, TypeError, KeyError) as error:
+        reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
         raise CheckpointError(
-            f"checkpoint {path}: its manifest is damaged or from another program ({error.errors()[0]['msg']})"
+            f"checkpoint {path}: its {MANIFEST} is damaged or from another program ({reason})"
         ) from None
-    if manifest.format != FORMAT:
-        raise CheckpointError(f"checkpoint {path}: format {manifest.format}, this MinT reads format {FORMAT}")
+    if manifest.digest != _digest(manifest):
+        raise CheckpointError(f"checkpoint {path}: {MANIFEST} was changed after it was written (its digest differs)")
+    if manifest.path != path:
+        raise CheckpointError(
+            f"checkpoint {path}: its {MANIFEST} says that it is {manifest.path}; move the folder back"
+        )
     if manifest.expires_at is not None and manifest.expires_at < datetime.now(UTC):
         raise CheckpointNotFoundError(f"checkpoint {path} expired at {manifest.expires_at.isoformat()}")
     return manifest
 
 
+def _digest(manifest: Manifest) -> str:
+    """Of everything the manifest says but this."""
+    return hashlib.sha256(manifest.model_copy(update={"digest": ""}).model_dump_json().encode()).hexdigest()
+
+
 def read_checkpoint(folder: Path, path: str, *, optimizer: bool) -> tuple[Manifest, AdapterState]:
     """Every file is compared with its recorded SHA-256 before it is used."""
-    folder = locate(folder)
-    manifest = read_manifest(folder, path)
+    return _unchanging(folder, lambda place: _read_checkpoint(place, path, optimizer=optimizer))
+
+
+def _read_checkpoint(place: Path, path: str, *, optimizer: bool) -> tuple[Manifest, AdapterState]:
+    manifest = _read_manifest(place, path)
     if optimizer and manifest.checkpoint_type != "training":
         raise CheckpointError(
             f"checkpoint {path} holds sampler weights only, no optimizer; load it without the optimizer"
         )
-    wanted = [ADAPTER, *([OPTIMIZER] if optimizer else [])]
-    for name in wanted:
-        file = folder / name
-        if not file.is_file() or _sha256(file) != manifest.sha256.get(name):
+    contents: dict[str, bytes] = {}
+    for name in [ADAPTER, ADAPTER_CONFIG, *([OPTIMIZER] if optimizer else [])]:
+        file = place / name
+        contents[name] = file.read_bytes() if file.is_file() else b""
+        if hashlib.sha256(contents[name]).hexdigest() != manifest.sha256.get(name):
             raise CheckpointError(
                 f"checkpoint {path}: {name} is missing or damaged (its SHA-256 differs from the manifest's)"
             )
     try:
-        tensors = load_file(folder / ADAPTER)
-        moments = load_file(folder / OPTIMIZER) if optimizer else {}
+        tensors = load(contents[ADAPTER])
+        moments = load(contents[OPTIMIZER]) if optimizer else {}
     except SafetensorError as error:
         raise CheckpointError(f"checkpoint {path}: {error}") from None
     first, second = (_strip(moments, f"{kind}.") for kind in ("exp_avg", "exp_avg_sq"))
@@ -216,15 +266,17 @@ def _strip(tensors: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarr
 
 def describe(folder: Path, path: str) -> Checkpoint:
     """Raises as `read_manifest` does."""
-    folder = locate(folder)
-    manifest = read_manifest(folder, path)
-    parsed = ParsedCheckpointTinkerPath.from_tinker_path(manifest.path)
+    return _unchanging(folder, lambda place: _describe(place, path))
+
+
+def _describe(place: Path, path: str) -> Checkpoint:
+    manifest = _read_manifest(place, path)
     return Checkpoint(
-        checkpoint_id=parsed.checkpoint_id,
+        checkpoint_id=ParsedCheckpointTinkerPath.from_tinker_path(path).checkpoint_id,
         checkpoint_type=manifest.checkpoint_type,
         time=manifest.time,
-        tinker_path=manifest.path,
-        size_bytes=sum(file.stat().st_size for file in folder.iterdir()),
+        tinker_path=path,
+        size_bytes=sum(file.stat().st_size for file in place.iterdir()),
         user_metadata=manifest.user_metadata,
         expires_at=manifest.expires_at,
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Literal
 
@@ -31,6 +31,13 @@ def charge(spent: Mapping[Kind, float], kind: Kind, seconds: float, *, contended
     if not contended:
         return {"train": 0.0, "sample": 0.0}
     return {**spent, kind: spent[kind] + seconds}
+
+
+def charge_tenant(spent: Mapping[str, float], tenant: str, seconds: float, waiting: Set[str]) -> dict[str, float]:
+    """The same among tenants: whoever works while nobody else waits pays nothing for it later."""
+    if waiting <= {tenant}:
+        return {}
+    return {**spent, tenant: spent.get(tenant, 0.0) + seconds}
 
 
 def next_heads(heads: Sequence[Head], spent_by_tenant: Mapping[str, float]) -> list[str]:

@@ -61,8 +61,10 @@ class RunStore:
 
     def records(self) -> list[RunRecord]:
         """The newest first."""
-        found = [_read_record(path) for path in self._runs_dir.glob(f"*/{RUN_FILE}")]
-        own = [record for record in found if record is not None and record.tenant == self._tenant]
+        found = [(path.parent, _read_record(path)) for path in self._runs_dir.glob(f"*/{RUN_FILE}")]
+        own = [
+            r for folder, r in found if r is not None and r.tenant == self._tenant and folder == self.folder(r.run_id)
+        ]
         return sorted(own, key=lambda record: record.created, reverse=True)
 
     def checkpoint_folder(self, parsed: ParsedCheckpointTinkerPath) -> Path:

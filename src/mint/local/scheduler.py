@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from mint.engine.backend import Backend, GenerateRequest, Generation, Part, PartResult
 from mint.errors import ClosedError, MintError, OperationError
-from mint.local.policy import Head, Kind, charge, next_heads, next_kind
+from mint.local.policy import Head, Kind, charge, charge_tenant, next_heads, next_kind
 from mint.types.requests import TrainingInput
 
 logger = logging.getLogger("mint")
@@ -262,9 +262,11 @@ class Scheduler:
             self._current = None
             self._fail(current.jobs, error)
         share = (time.monotonic() - started) / len(current.jobs)
-        for run_id, _ in current.jobs:
-            if (queue := self._queues.get(run_id)) is not None:
-                self._spent_by_tenant[queue.tenant] = self._spent_by_tenant.get(queue.tenant, 0.0) + share
+        with self._changed:
+            waiting = {queue.tenant for queue in self._queues.values() if queue.next_seq in queue.jobs}
+            tenants = [self._queues[run_id].tenant for run_id, _ in current.jobs if run_id in self._queues]
+        for tenant in tenants:
+            self._spent_by_tenant = charge_tenant(self._spent_by_tenant, tenant, share, waiting)
 
     def _start_next(self) -> None:
         with self._changed:

@@ -53,6 +53,7 @@ class LocalService:
         return done(self._core.new_session(self._tenant))
 
     def heartbeat(self, session_id: str) -> Future[None]:
+        self._core.session(session_id, self._tenant)
         return done(None)
 
     def close_session(self, session_id: str) -> Future[None]:

@@ -65,8 +65,12 @@ class TrainingOps:
                     created=datetime.now(UTC),
                     user_metadata=spec.user_metadata,
                 )
-                self._store.create(record)
                 report = backend.add_run(run_id, lora, seed)
+                try:
+                    self._store.create(record)
+                except BaseException:
+                    backend.remove_run(run_id)
+                    raise
                 core.runs[run_id] = LoadedRun(record, source, backend, report)
                 session.runs.add(run_id)
                 core.scheduler.add_queue(run_id, self._tenant)

@@ -26,6 +26,7 @@ from mint.engine.models.decoder import Attention, Decoder, PackedRow
 from mint.engine.models.head import Head
 from mint.engine.sampling.cache import PrefixCache, SequenceCache
 from mint.engine.sampling.choose import Choice, choose, log_normaliser
+from mint.errors import ClosedError
 from mint.types.results import SampledSequence, StopReason
 
 MAX_ROWS = 32
@@ -124,6 +125,8 @@ class Sampler:
         decoder = self._decoder
         cache = SequenceCache(decoder.config, len(given.prompt), decoder.dtype, decoder.device)
         self._next += 1
+        if given.adapter is not None and given.adapter not in self._adapters:
+            raise ClosedError("the sampling session was closed before this sample began; make a new sampling client")
         weights = self._adapters[given.adapter] if given.adapter is not None else None
         self._requests[self._next] = _Request(self._next, given, weights, cache)
         return self._next
