@@ -24,6 +24,7 @@ from tests.support.clients import (
     prompt,
     same_weights,
     train,
+    write_signed_manifest,
 )
 
 SHORT = types.SamplingParams(max_tokens=8, seed=0, stop=[])
@@ -282,8 +283,7 @@ def test_what_is_deleted_is_gone_and_only_that(
 
 def expire(folder: Path) -> None:
     manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["expires_at"] = "2024-01-01T00:00:00Z"
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    write_signed_manifest(folder, manifest | {"expires_at": "2024-01-01T00:00:00Z"})
 
 
 def test_an_expired_checkpoint_is_as_if_it_were_not_there(

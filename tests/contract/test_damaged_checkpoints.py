@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 import mint
 from mint import CheckpointError, CheckpointNotFoundError
-from tests.support.clients import GUARD, Embedded, checkpoint_folder, same_weights, train
+from tests.support.clients import GUARD, Embedded, checkpoint_folder, same_weights, train, write_signed_manifest
 
 ADAPTER, OPTIMIZER, MANIFEST = "adapter_model.safetensors", "optimizer.safetensors", "manifest.json"
 
@@ -35,8 +36,7 @@ def flip(file: Path, position: int = -1) -> None:
 
 
 def edit_manifest(folder: Path, **changes: Any) -> None:
-    manifest = json.loads((folder / MANIFEST).read_text())
-    (folder / MANIFEST).write_text(json.dumps(manifest | changes))
+    write_signed_manifest(folder, json.loads((folder / MANIFEST).read_text()) | changes)
 
 
 def without(name: str) -> Callable[[Path], None]:
@@ -120,11 +120,9 @@ def test_a_damaged_optimizer_does_not_keep_the_weights_back(
 
 
 def with_new_hash(folder: Path, name: str) -> None:
-    import hashlib
-
     manifest = json.loads((folder / MANIFEST).read_text())
     manifest["sha256"][name] = hashlib.sha256((folder / name).read_bytes()).hexdigest()
-    (folder / MANIFEST).write_text(json.dumps(manifest))
+    write_signed_manifest(folder, manifest)
 
 
 def test_tensors_that_do_not_fit_the_run_are_named(

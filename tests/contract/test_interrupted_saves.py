@@ -25,7 +25,8 @@ KILLED = """
     from mint.local.checkpoints import read_checkpoint, write_checkpoint
 
     home, copies, new, target = (Path(argument) for argument in sys.argv[1:])
-    manifest, state = read_checkpoint(home / new, "NEW", optimizer=True)
+    run = json.loads((home / new).parents[1].joinpath("run.json").read_text())["run_id"]
+    manifest, state = read_checkpoint(home / new, f"tinker://{run}/weights/{new.name}", optimizer=True)
     path = manifest.path.rpartition("/")[0] + "/" + target.name
     manifest = manifest.model_copy(update={"path": path, "sha256": {}})
     steps = []

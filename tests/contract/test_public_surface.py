@@ -61,6 +61,8 @@ SIGNATURES = {
     "APIFuture.result": "timeout=None",
     "APIFuture.result_async": "timeout=None",
     "APIFuture.done": "",
+    "APIFuture.future": "",
+    "APIFuture.coroutine": "",
 }
 CLASSES = (mint.ServiceClient, mint.TrainingClient, mint.SamplingClient, mint.RestClient, mint.APIFuture)
 INTERNAL = {"TrainingClient.__init__", "SamplingClient.__init__", "APIFuture.__init__"}

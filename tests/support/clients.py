@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import json
 import os
 import random
 import subprocess
@@ -23,12 +24,14 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
+from pydantic import ValidationError
 
 from mint import types
 from mint.client.rest_client import RestClient
 from mint.client.service_client import ServiceClient
 from mint.client.training_client import TrainingClient
 from mint.engine.backend import AdapterState, Backend
+from mint.local import checkpoints
 from mint.local.core import Core
 from mint.local.service import LocalService
 from mint.service import Service
@@ -166,3 +169,15 @@ def child(code: str, *arguments: str, **env: str) -> subprocess.CompletedProcess
     paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
     environment = os.environ | {"PYTHONPATH": paths} | env
     return subprocess.run(command, env=environment, text=True, capture_output=True, timeout=120)
+
+
+def write_signed_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+    """As whoever could change a checkpoint's manifest would write it, digest included where the fields are ours."""
+    text = json.dumps(manifest)
+    try:
+        parsed = checkpoints.Manifest.model_validate_json(text)
+    except ValidationError:
+        pass  # not a manifest of this version; no digest can be made of it
+    else:
+        text = parsed.model_copy(update={"digest": checkpoints._digest(parsed)}).model_dump_json()
+    (folder / "manifest.json").write_text(text)

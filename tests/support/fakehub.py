@@ -136,7 +136,7 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             self._error(404, "NotHere", "no such route")
 
-    do_HEAD = do_POST = do_GET  # noqa: N815
+    do_HEAD = do_POST = do_GET
 
     def log_message(self, *_: object) -> None:
         """Quiet."""

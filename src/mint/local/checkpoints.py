@@ -187,7 +187,7 @@ def _unchanging(folder: Path, read: Callable[[Path], T]) -> T:
 def _stamp(place: Path) -> tuple[int, int] | None:
     try:
         found = (place / MANIFEST).stat()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     return found.st_ino, found.st_mtime_ns
 
@@ -214,7 +214,7 @@ def _read_manifest(place: Path, path: str) -> Manifest:
     except (ValueError, TypeError, KeyError) as error:
         reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
         raise CheckpointError(
-            f"checkpoint {path}: its {MANIFEST} is damaged or from another program ({reason})"
+            f"checkpoint {path}: its manifest is damaged or from another program ({reason})"
         ) from None
     if manifest.digest != _digest(manifest):
         raise CheckpointError(f"checkpoint {path}: {MANIFEST} was changed after it was written (its digest differs)")
