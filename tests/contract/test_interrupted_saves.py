@@ -144,6 +144,35 @@ def test_a_first_save_that_is_killed_leaves_nothing_or_all(
                 state_of(home, path)
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_everything_is_flushed_before_it_gets_its_name_and_the_name_after(
+    run: mint.TrainingClient, mint_home: Path, monkeypatch: pytest.MonkeyPatch, overwrite: bool
+) -> None:
+    if overwrite:
+        run.save_state("a").result(GUARD)
+    flushed: list[int] = []
+    missing: list[str] = []
+    fsync, rename = os.fsync, os.rename
+
+    def recording_fsync(descriptor: int) -> None:
+        flushed.append(os.fstat(descriptor).st_ino)
+        fsync(descriptor)
+
+    def checking_rename(source: Path, target: Path) -> None:
+        if source.name.startswith(".new-"):
+            parts = [source, *source.iterdir()]
+            missing.extend(part.name for part in parts if part.stat().st_ino not in flushed)
+            assert len(parts) == 5
+        rename(source, target)
+        flushed.clear()
+
+    monkeypatch.setattr(os, "fsync", recording_fsync)
+    monkeypatch.setattr(os, "rename", checking_rename)
+    folder = checkpoint_folder(mint_home, run.save_state("a", overwrite=overwrite).result(GUARD).path)
+    assert missing == []
+    assert folder.parent.stat().st_ino in flushed
+
+
 def test_the_next_save_cleans_up_after_a_killed_one(run: mint.TrainingClient, mint_home: Path) -> None:
     folder = checkpoint_folder(mint_home, run.save_state("a").result(GUARD).path)
     (folder.parent / ".new-a-0123456789abcdef").mkdir()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import os
 import signal
 import threading
 import weakref
@@ -254,8 +253,11 @@ def test_ctrl_c_while_waiting_leaves_the_client_usable(world: Embedded, run: min
 
     def loss(data: Any, p: Any) -> Any:
         waiting.wait(GUARD)
-        os.kill(os.getpid(), signal.SIGINT)
-        interrupted.wait(GUARD)
+        main = threading.main_thread().ident
+        assert main is not None
+        signal.pthread_kill(main, signal.SIGINT)
+        while not interrupted.wait(2):  # it came a moment before the wait began, which nothing then interrupts
+            signal.pthread_kill(main, signal.SIGINT)
         return sum(x.sum() for x in p), {}
 
     waiting = threading.Event()

@@ -28,8 +28,13 @@ BLOCK = 2**18  # values updated at a time: every intermediate stays in the proce
 
 
 def global_norm(vector_P: Tensor) -> float:
-    """Euclidean norm; blocks of fixed size are summed in float64."""
-    return math.sqrt(sum(float(torch.linalg.vector_norm(block)) ** 2 for block in torch.split(vector_P, BLOCK)))
+    """Euclidean norm in float64, in blocks that stay in the cache."""
+    blocks = torch.split(vector_P, BLOCK)
+    return math.sqrt(sum(float(torch.linalg.vector_norm(block, dtype=torch.float64)) ** 2 for block in blocks))
+
+
+def is_finite(vector_P: Tensor) -> bool:
+    return bool(torch.isfinite(torch.stack(torch.aminmax(vector_P))).all())
 
 
 def adam_step(params_P: Tensor, grad_P: Tensor, state: AdamState, hyper: AdamParams, grad_norm: float) -> float:

@@ -16,7 +16,7 @@ from mint.engine.backend import CustomLoss, FloatArray, Metrics, Part, PartResul
 from mint.engine.lora import UNEMBED_SITE, AdapterGradient, AdapterLayout, AdapterWeights, Segment, adapter_weights
 from mint.engine.models.decoder import Decoder, LayerActivations, PackedRow
 from mint.engine.models.head import Derivative, Head, Targets
-from mint.engine.optim import AdamState, adam_step, global_norm, new_adam_state
+from mint.engine.optim import AdamState, adam_step, global_norm, is_finite, new_adam_state
 from mint.engine.plan import Plan, split_into_passes
 from mint.errors import InputError, NumericsError
 from mint.losses import LOSSES
@@ -141,9 +141,11 @@ class Trainer:
 
     def _finish(self, parts: Sequence[Part], scorings: list[_Scoring], *, backward: bool) -> list[PartResult]:
         results = [self._result(i, part, scorings) for i, part in enumerate(parts)]
-        for part, result in zip(parts, results, strict=True) if backward else ():
+        for i, part in enumerate(parts) if backward else ():
             run = self.runs[part.run_id]
-            if result.error is None:
+            if results[i].error is None and not is_finite(run.gradient.flat_P):
+                results[i] = PartResult([], {}, _not_finite(f"{part.input.loss_fn}: the gradient is"))
+            if results[i].error is None:
                 run.has_gradient = True
             else:
                 run.clear_gradient()
@@ -278,11 +280,14 @@ class Trainer:
         metrics = {"loss:sum": total, "positions:sum": float(num_positions), "active_positions:sum": float(num_active)}
         if np.isfinite(total) and all(np.isfinite(array).all() for array in logprobs):
             return PartResult(logprobs, metrics)
-        error = NumericsError(
-            f"{part.input.loss_fn}: the loss is {total}, not a finite number; the run's gradient is discarded. "
-            "Look for extreme weights, advantages or logprobs, or lower the learning rate"
-        )
-        return PartResult([], {}, error)
+        return PartResult([], {}, _not_finite(f"{part.input.loss_fn}: the loss is {total},"))
+
+
+def _not_finite(what: str) -> NumericsError:
+    return NumericsError(
+        f"{what} not a finite number; the run's gradient is discarded. "
+        "Look for extreme weights, advantages or logprobs, or lower the learning rate"
+    )
 
 
 def _scoring(number: int, segment: Segment, data: Sequence[PreparedDatum], loss_fn: str) -> _Scoring:
