@@ -159,12 +159,12 @@ def test_everything_is_flushed_before_it_gets_its_name_and_the_name_after(
         fsync(descriptor)
 
     def checking_rename(source: Path, target: Path) -> None:
+        rename(source, target)
         if source.name.startswith(".new-"):
-            parts = [source, *source.iterdir()]
+            parts = [target, *target.iterdir()]
             missing.extend(part.name for part in parts if part.stat().st_ino not in flushed)
             assert len(parts) == 5
-        rename(source, target)
-        flushed.clear()
+            flushed.clear()
 
     monkeypatch.setattr(os, "fsync", recording_fsync)
     monkeypatch.setattr(os, "rename", checking_rename)

@@ -270,3 +270,24 @@ def test_a_tenant_that_worked_alone_does_not_pay_for_it_when_another_comes(sched
     for future in futures:
         future.result(GUARD)
     assert abs(old.log[:20].count("old") - old.log[:20].count("new")) <= 1
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.parametrize("call", ["add_request", "check_training_input"])
+def test_an_unexpected_error_of_the_backend_reaches_its_caller_and_the_engine_lives(
+    scheduler: Scheduler, clock: Clock, call: str
+) -> None:
+    backend, healthy = CountingBackend(clock), CountingBackend(clock)
+    for run_id in ("a", "b"):
+        scheduler.add_queue(run_id, "x")
+
+    def fail(*args: Any) -> Any:
+        raise RuntimeError("cannot allocate memory")
+
+    setattr(backend, call, fail)
+    if call == "add_request":
+        future: Future[Any] = scheduler.submit_sample(backend, request(1))  # type: ignore[arg-type]
+    else:
+        future = submit(scheduler, backend, "a", 1)
+    assert str(future.exception(1)) == "cannot allocate memory"
+    submit(scheduler, healthy, "b", 1).result(1)

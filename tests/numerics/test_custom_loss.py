@@ -26,6 +26,7 @@ from tests.support.engine import (
     make_datum,
     open_backend,
     peft_model,
+    record_passes,
     reference_gradient,
     relative_error,
     weighted_datums,
@@ -94,6 +95,17 @@ def test_gradient_equals_autograd_through_peft(
     assert result.metrics["loss:sum"] == pytest.approx(value, rel=1e-3)
     assert result.metrics["answer"] == 42.0
     assert "no_gradient" not in backend.optim_step("run", types.AdamParams())
+
+
+@pytest.mark.parametrize("cap", CAPS)
+def test_passes_hold_no_more_than_planned(tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, cap: int) -> None:
+    """One pass where everything fits, else every datum forward and then once more with its gradient."""
+    backend = open_backend(tiny("llama"), max_tokens_per_pass=cap)
+    add_random_run(backend, "run", LORA)
+    seen = record_passes(backend, monkeypatch)
+    _custom(backend, _data(), preference)
+    assert max(seen) <= max(cap, *LENGTHS)
+    assert sum(seen) == sum(LENGTHS) * (1 if cap >= sum(LENGTHS) else 2)
 
 
 def test_cross_entropy_written_by_hand_equals_cross_entropy(tiny: Callable[..., Path]) -> None:

@@ -27,6 +27,7 @@ from tests.support.engine import (
     part,
     peft_model,
     policy_datums,
+    record_passes,
     reference_gradient,
     relative_error,
     weighted_datums,
@@ -76,6 +77,20 @@ def test_a_datum_does_not_see_its_neighbours(tiny: Callable[..., Path], index: i
     result = forward_backward(backend, "run", company)
     assert largest_difference([result.logprobs[index]], logprobs) <= FP32_LOGPROB
     assert relative_error(gradient(backend, "run"), gradients[0]) <= FP32_GRADIENT
+
+
+@pytest.mark.parametrize(("cap", "passes"), [(4096, [271]), (140, [137, 134]), (16, [7, 130, 16, 1, 64, 33, 17, 3])])
+def test_passes_hold_what_was_planned(
+    tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, cap: int, passes: list[int]
+) -> None:
+    """Whole datums in order, evenly; one that is longer than the cap goes alone."""
+    backend = open_backend(tiny("llama"), max_tokens_per_pass=cap)
+    add_random_run(backend, "run", LORA)
+    seen = record_passes(backend, monkeypatch)
+    data = weighted_datums(np.random.default_rng(0), LENGTHS)
+    forward_backward(backend, "run", data)
+    forward(backend, "run", data)
+    assert seen == passes * 2
 
 
 def _without_weights(datum: types.Datum) -> types.Datum:

@@ -20,6 +20,7 @@ from types import ModuleType
 from typing import Any, TypeVar
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor
 
@@ -27,6 +28,7 @@ from mint import types
 from mint.engine.backend import AdapterState, GenerateRequest, Generation, Part, PartResult
 from mint.engine.decoder_backend import DecoderBackend
 from mint.engine.lora import named_tensors
+from mint.engine.models.decoder import PackedRow
 from mint.settings import Settings
 from mint.types.requests import prepare_training_input
 from tests.support import tiny_models
@@ -243,6 +245,20 @@ def largest_difference(found: Sequence[Any], expected: Sequence[Any]) -> float:
     """Over all datums; their shapes must agree."""
     assert [np.shape(a) for a in found] == [np.shape(b) for b in expected]
     return max(float(np.abs(np.asarray(a) - np.asarray(b)).max()) for a, b in zip(found, expected, strict=True))
+
+
+def record_passes(backend: DecoderBackend, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """A list that fills with the number of tokens of every pass that training makes from now on."""
+    seen: list[int] = []
+    decoder = backend._trainer.decoder
+    whole = decoder.forward
+
+    def counting(row: PackedRow, *args: Any, **options: Any) -> Any:
+        seen.append(len(row.tokens_T))
+        return whole(row, *args, **options)
+
+    monkeypatch.setattr(decoder, "forward", counting)
+    return seen
 
 
 # datums

@@ -21,7 +21,7 @@ from mint.types.results import SampledSequence, TopkLogprobs
 FloatArray = npt.NDArray[np.float32]
 Metrics = dict[str, float]
 
-# (index of a datum's logprobs -> gradient by them): a caller's loss over the logprobs of every datum, [N] or [N, K]
+# a caller's loss: torch logprobs of every datum, [N] or [N, K], with gradient -> (scalar, metrics)
 CustomLoss = Callable[[Sequence[Any]], tuple[Any, Metrics]]
 
 

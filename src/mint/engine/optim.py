@@ -54,5 +54,5 @@ def adam_step(params_P: Tensor, grad_P: Tensor, state: AdamState, hyper: AdamPar
         before = param.clone()
         param.mul_(1 - hyper.learning_rate * hyper.weight_decay)
         param.addcdiv_(exp_avg, denominator, value=-hyper.learning_rate / bias1)
-        squares += float(torch.linalg.vector_norm(before.sub_(param))) ** 2
+        squares += float(torch.linalg.vector_norm(before.sub_(param), dtype=torch.float64)) ** 2
     return math.sqrt(squares)

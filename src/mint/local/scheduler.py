@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from mint.engine.backend import Backend, GenerateRequest, Generation, Part, PartResult
-from mint.errors import ClosedError, MintError, OperationError
+from mint.errors import ClosedError, OperationError
 from mint.local.policy import Head, Kind, charge, charge_tenant, next_heads, next_kind
 from mint.types.requests import TrainingInput
 
@@ -203,7 +203,7 @@ class Scheduler:
         for backend, request, future in fresh:
             try:
                 number = backend.add_request(request)
-            except MintError as error:
+            except Exception as error:  # handed to whoever asked
                 future.set_exception(error)
             else:
                 self._samples[id(backend), number] = (backend, future)
@@ -301,7 +301,7 @@ class Scheduler:
             assert isinstance(job, PassJob)
             try:
                 job.backend.check_training_input(run_id, job.training_input)
-            except MintError as error:
+            except Exception as error:  # handed to whoever asked
                 self._fail([(run_id, job)], error)
             else:
                 good.append((run_id, job))

@@ -89,7 +89,8 @@ def chat_sft(
     renderer = get_renderer(client.get_tokenizer())
     train_datums, train_report = convert_conversations(train, renderer, config.max_length, config.train_on)
     test_datums, test_report = convert_conversations(test, renderer, config.max_length, config.train_on)
-    console.print(f"train: {train_report}\ntest: {test_report}")
+    for name, report in (("train set", train_report), ("test set", test_report)):
+        console.print(f"[bold]{name}[/bold]\n{report}", highlight=False, soft_wrap=True)
 
     nll_before = token_mean_nll(client.forward(test_datums).result(), test_datums)
     base = service.create_sampling_client(base_model=config.base_model)

@@ -26,10 +26,7 @@ Derivative = Callable[[Tensor, slice], Tensor]
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Targets:
-    """Pairs to score. rows_P ascend within `rows` order: pair p scores token_P[p] at packed row rows_T[row_P[p]].
-
-    rows_R: packed rows, one per position to score; row_P: index into rows_R, non-decreasing.
-    """
+    """Pair p scores token_P[p] at packed row rows_R[row_P[p]]; row_P never decreases."""
 
     rows_R: Tensor
     row_P: Tensor
