@@ -183,7 +183,7 @@ def test_a_run_that_fails_within_a_shared_pass_fails_alone(
 def test_a_step_that_moves_no_weight_changes_nothing(world: Embedded, run: mint.TrainingClient) -> None:
     before = world.state(run)
     run.forward_backward(batch())
-    with pytest.raises(NumericsError, match="moved no weight at learning rate 1e-45; raise the learning rate"):
-        run.optim_step(types.AdamParams(learning_rate=1e-45)).result(GUARD)
+    with pytest.raises(NumericsError, match="moved no weight at learning rate 1e-60; raise the learning rate"):
+        run.optim_step(types.AdamParams(learning_rate=1e-60)).result(GUARD)
     assert same_weights(world.state(run), before)
     assert run.optim_step(LEARNING).result(GUARD).metrics["no_gradient"] == 1.0

@@ -68,12 +68,6 @@ def test_prompts_prefilled_together_change_no_bit(tiny: Callable[..., Path], wit
             assert found.sequences == alone.sequences
 
 
-ONE_ROW = pytest.mark.xfail(
-    strict=True, reason="a decode step of one row, or of one row of an adapter, has other bits than one of several"
-)
-
-
-@ONE_ROW
 @pytest.mark.parametrize("with_adapter", [False, True], ids=["base", "adapter"])
 def test_neighbours_change_no_bit_of_a_wide_model(tiny: Callable[..., Path], with_adapter: bool) -> None:
     backend, adapter = _backend(tiny("llama", **WIDE), "bfloat16")
@@ -82,7 +76,6 @@ def test_neighbours_change_no_bit_of_a_wide_model(tiny: Callable[..., Path], wit
         _assert_bit_equal([_among(backend, adapter if with_adapter else None, num_others, max_new=40)], [alone])
 
 
-@ONE_ROW
 @pytest.mark.parametrize("with_adapter", [False, True], ids=["base", "adapter"])
 def test_neighbours_change_no_bit_of_the_packaged_model(smollm2: ModelSource, with_adapter: bool) -> None:
     """An odd rank, for which kernels of the low-rank products differ by row count as well."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from mint.engine.models.attention import QUERY_BLOCK
 from mint.engine.models.config import DecoderConfig
 from mint.engine.models.decoder import activation_width
 from mint.engine.models.head import CHUNK_VALUES, SOFTMAX_ROWS, rows_per_chunk
@@ -15,6 +16,7 @@ from mint.errors import InputError
 
 BEST_TOKENS_PER_PASS = 2048  # larger passes gain no speed on the processors measured, and hold the engine longer
 MIN_TOKENS_PER_PASS = 256
+KERNEL_CACHE_BYTES = 64 * 2**20  # compiled kernels, one for each shape that occurs
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,17 +28,18 @@ class Plan:
 
 
 def bytes_per_token(config: DecoderConfig, element_size: int) -> int:
-    """Activations and scratch that grow with the pass: kept per layer, one layer's gradients, float32 residual work."""
+    """What grows with a pass: activations per layer, one layer's gradients, float32 residual work, attention scratch."""
     kept = config.num_layers * activation_width(config) * element_size
     scratch = (4 * config.intermediate_size + 3 * config.qkv_size + 8 * config.hidden_size) * element_size
     float32_work = 24 * config.hidden_size + 8 * config.intermediate_size
-    return kept + scratch + float32_work
+    attention = 3 * config.num_heads * QUERY_BLOCK * element_size  # of one block of query rows, per key
+    return kept + scratch + float32_work + attention
 
 
 def fixed_bytes(config: DecoderConfig, element_size: int) -> int:
     """What one pass needs whatever its length: the logits of a chunk, its float32 softmax, the unembedding gradient."""
     chunk = max(CHUNK_VALUES, rows_per_chunk(config.vocab_size) * config.vocab_size) * element_size
-    return chunk + SOFTMAX_ROWS * config.vocab_size * 4 * 3
+    return chunk + SOFTMAX_ROWS * config.vocab_size * 4 * 3 + KERNEL_CACHE_BYTES
 
 
 def make_plan(config: DecoderConfig, element_size: int, free_bytes: int, asked: int | None = None) -> Plan:
@@ -56,9 +59,10 @@ def make_plan(config: DecoderConfig, element_size: int, free_bytes: int, asked: 
 
 
 def split_into_passes(lengths: Sequence[int], max_tokens: int) -> list[range]:
-    """Consecutive datums per pass, at most `max_tokens` each (a longer datum goes alone), evenly filled.
+    """Consecutive datums per pass, at most `max_tokens` each; a longer datum goes alone.
 
-    The number of passes is the fewest that filling in order allows; then the cap is lowered while that number holds.
+    The number of passes is the fewest that filling in order allows; then, unless some datum is longer than a pass, the
+    cap is lowered while that number holds, so that passes are filled evenly.
     """
 
     def fill(cap: int) -> list[range]:

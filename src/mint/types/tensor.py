@@ -36,7 +36,8 @@ def as_numpy(values: object, name: str = "value") -> npt.NDArray[Any]:
         array = np.array(values)
     except ValueError as error:
         raise InputError(f"{name}: rows of different lengths cannot form a tensor ({error})") from None
-    if array.dtype == np.bool_ or (array.size and not np.issubdtype(array.dtype, np.number)):
+    real = np.issubdtype(array.dtype, np.integer) or np.issubdtype(array.dtype, np.floating)
+    if array.size and not real:
         raise InputError(f"{name}: expected numbers, got elements of type {array.dtype}")
     return array
 
@@ -49,6 +50,8 @@ def _cast(array: npt.NDArray[Any], dtype: str, name: str) -> npt.NDArray[Any]:
         whole = np.isfinite(array).all() and (array == np.floor(array)).all()
         if not whole:
             raise InputError(f"{name}: expected whole numbers (int64), got fractions or non-finite values")
+    if dtype == "int64" and array.size and not -(2**63) <= int(array.min()) <= int(array.max()) < 2**63:
+        raise InputError(f"{name}: whole numbers must fit int64, got {array.min()}..{array.max()}")
     return array.astype(_NUMPY_DTYPES[dtype])
 
 
@@ -71,16 +74,19 @@ class TensorData:
         sparse_col_indices: Sequence[int] | None = None,
     ) -> None:
         array = as_numpy(data, "TensorData")
+        if dtype is None and isinstance(data, TensorData):
+            dtype = data.dtype
         if dtype is None:
             dtype = "int64" if array.size and np.issubdtype(array.dtype, np.integer) else "float32"
         array = _cast(array, dtype, "TensorData")
         if sparse_crow_indices is not None or sparse_col_indices is not None:
             array = _dense_from_csr(array.ravel(), shape, sparse_crow_indices, sparse_col_indices)
         elif shape is not None:
+            shape = _int_list(shape, "shape")
             if int(np.prod(list(shape), dtype=np.int64)) != array.size or any(n < 0 for n in shape):
                 raise InputError(f"TensorData: {array.size} values do not fill shape {list(shape)}")
             array = array.reshape(tuple(shape))
-        self._array = np.ascontiguousarray(array)
+        self._array = np.array(array, order="C")
         self._array.flags.writeable = False
 
     @classmethod
@@ -141,10 +147,17 @@ class TensorData:
     __hash__ = None  # type: ignore[assignment]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (TensorData, (self._array,))
+        return (TensorData, (self._array, self.dtype))
 
     def __repr__(self) -> str:
         return f"TensorData(dtype={self.dtype}, shape={self.shape})"
+
+
+def _int_list(values: object, name: str) -> list[int]:
+    array = as_numpy(values, f"TensorData: {name}")
+    if array.ndim != 1:
+        raise InputError(f"TensorData: {name} is a flat list of whole numbers, got shape {list(array.shape)}")
+    return [int(value) for value in _cast(array, "int64", f"TensorData: {name}")]
 
 
 def _dense_from_csr(
@@ -154,10 +167,11 @@ def _dense_from_csr(
     col_indices: Sequence[int] | None,
 ) -> npt.NDArray[Any]:
     """CSR to dense; entries that are not listed are 0."""
-    if shape is None or len(shape) != 2 or crow_indices is None or col_indices is None:
+    if shape is None or len(_int_list(shape, "shape")) != 2 or crow_indices is None or col_indices is None:
         raise InputError("TensorData: CSR needs a 2-D shape, sparse_crow_indices and sparse_col_indices together")
-    rows, cols = int(shape[0]), int(shape[1])
-    crow, col = np.asarray(crow_indices, np.int64), np.asarray(col_indices, np.int64)
+    rows, cols = _int_list(shape, "shape")
+    crow = np.array(_int_list(crow_indices, "sparse_crow_indices"), np.int64)
+    col = np.array(_int_list(col_indices, "sparse_col_indices"), np.int64)
     if (
         rows < 0
         or cols < 0

@@ -154,6 +154,8 @@ def _rope(raw: Mapping[str, Any], head_dim: int) -> RopeConfig:
 
 def _llama3_frequency(frequency: float, factor: float, original: int, rope: Mapping[str, Any]) -> float:
     """Long waves are slowed by `factor`, short ones kept, those between blended linearly in 1/wavelength."""
+    if not {"low_freq_factor", "high_freq_factor"} <= rope.keys():
+        raise InputError("config.json: RoPE scaling llama3 needs low_freq_factor and high_freq_factor")
     low, high = float(rope["low_freq_factor"]), float(rope["high_freq_factor"])
     turns = original * frequency / (2 * math.pi)
     if turns > high:

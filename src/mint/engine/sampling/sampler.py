@@ -3,7 +3,7 @@
 What a sequence's numbers depend on is fixed: prompts are prefilled in chunks with borders counted from their start, and a
 decode step runs at most MAX_ROWS sequences through the linears at a time. Rows of several sequences share a product only
 where its kernel gives a row the same bits for every number of rows that occurs, which is checked when the sampler is made;
-elsewhere prompts are prefilled alone and decode steps padded to a fixed number of rows.
+elsewhere prompts are prefilled alone and each adapter's rows of a decode step are padded to a fixed number.
 Shape letters: B sequences of a decode step, T rows, D hidden, V vocabulary, K, G, E as in models/attention.py.
 """
 
@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate, pairwise
+from itertools import groupby
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from mint.engine.lora import UNEMBED_SITE, AdapterWeights, Segment
 from mint.engine.models.attention import attend
 from mint.engine.models.decoder import Attention, Decoder, PackedRow
 from mint.engine.models.head import Head
+from mint.engine.models.linear import Linear
 from mint.engine.sampling.cache import PrefixCache, SequenceCache
 from mint.engine.sampling.choose import Choice, choose, log_normaliser
 from mint.errors import ClosedError
@@ -81,6 +82,14 @@ class _Request:
 
 
 @dataclass(frozen=True, slots=True, repr=False)
+class _Row:
+    """A row of a decode step; without a sequence it is padding of its request's adapter."""
+
+    request: _Request
+    sequence: _Sequence | None
+
+
+@dataclass(frozen=True, slots=True, repr=False)
 class _Chunk:
     """Prompt positions [start, end) of a request."""
 
@@ -93,15 +102,19 @@ class _Chunk:
         return self.end - self.start
 
 
-def _segments(requests: list[_Request], borders: Sequence[int]) -> list[Segment]:
-    """One segment per run of equal adapters; request i has the rows [borders[i], borders[i + 1])."""
-    segments: list[Segment] = []
-    for i, request in enumerate(requests):
-        if segments and requests[i - 1].given.adapter == request.given.adapter:
-            segments[-1] = Segment(segments[-1].start, borders[i + 1], request.weights)
-        else:
-            segments.append(Segment(borders[i], borders[i + 1], request.weights))
+def _segments(rows: list[_Row]) -> list[Segment]:
+    """One segment per run of equal adapters."""
+    segments, start = [], 0
+    for _, group in groupby(rows, key=lambda row: row.request.adapter_order):
+        members = list(group)
+        segments.append(Segment(start, start + len(members), members[0].request.weights))
+        start += len(members)
     return segments
+
+
+def _choice(row: _Row) -> Choice:
+    given, uniform = row.request.given, 0.0 if row.sequence is None else row.sequence.random.random()
+    return Choice(given.temperature, given.top_k, given.top_p, uniform)
 
 
 class Sampler:
@@ -114,7 +127,9 @@ class Sampler:
         self._next = 0
         decoder.weights.pack()
         exact = decoder.dtype == torch.float32  # float32 promises a tolerance, not bits
-        self._row_block = 1 if exact or rows_are_independent(decoder, range(1, MAX_ROWS + 1)) else MAX_ROWS
+        # a single row takes kernels of its own, so the rows of every adapter come in pairs
+        pairs_agree = exact or rows_are_independent(decoder, range(2, MAX_ROWS + 1, 2))
+        self._row_multiple = 1 if exact else 2 if pairs_agree else MAX_ROWS
         self._packs_prompts = exact or rows_are_independent(decoder, range(ROW_STEP, PREFILL_ROWS + 1, ROW_STEP))
 
     @property
@@ -144,11 +159,23 @@ class Sampler:
         if chunks:
             self._prefill(chunks)
         else:
-            # rows of one adapter lie together, so that each adapter is one segment
-            growing.sort(key=lambda pair: pair[0].adapter_order)
-            for first in range(0, len(growing), MAX_ROWS):
-                self._decode(growing[first : first + MAX_ROWS])
+            for rows in self._rows(growing):
+                self._decode(rows)
         return self._collect()
+
+    def _rows(self, pairs: list[tuple[_Request, _Sequence]]) -> list[list[_Row]]:
+        """Steps of at most MAX_ROWS rows. Rows of one adapter lie together and are padded by themselves."""
+        steps: list[list[_Row]] = [[]]
+        ordered = sorted(pairs, key=lambda pair: pair[0].adapter_order)
+        for _, group in groupby(ordered, key=lambda pair: pair[0].adapter_order):
+            members = [_Row(*pair) for pair in group]
+            for first in range(0, len(members), MAX_ROWS):
+                rows = members[first : first + MAX_ROWS]
+                rows += [_Row(rows[0].request, None)] * (-len(rows) % self._row_multiple)
+                if len(steps[-1]) + len(rows) > MAX_ROWS:
+                    steps.append([])
+                steps[-1] += rows
+        return steps
 
     def _next_chunks(self, num_growing: int) -> list[_Chunk]:
         """Prompt chunks of one pass: the oldest request's, and others that fit beside it."""
@@ -199,27 +226,34 @@ class Sampler:
                 return final_TD
 
     def _prefill(self, chunks: list[_Chunk]) -> None:
-        decoder = self._decoder
-        borders = list(accumulate((chunk.length for chunk in chunks), initial=0))
-        num_rows = borders[-1]
-        num_pad = -num_rows % ROW_STEP if self._packs_prompts else 0
+        decoder, step = self._decoder, ROW_STEP if self._packs_prompts else 1
+        tokens: list[int] = []
+        positions: list[int] = []
+        segments: list[Segment] = []
+        starts: list[int] = []
+        for _, group in groupby(chunks, key=lambda chunk: chunk.request.adapter_order):
+            first, members = len(tokens), list(group)
+            for chunk in members:
+                starts.append(len(tokens))
+                tokens += chunk.request.given.prompt[chunk.start : chunk.end]
+                positions += range(chunk.start, chunk.end)
+            num_pad = (first - len(tokens)) % step
+            tokens += [0] * num_pad
+            positions += [0] * num_pad
+            segments.append(Segment(first, len(tokens), members[0].request.weights))
 
         def attention(index: int, qkv_NTE: Tensor, out_TH: Tensor) -> None:
             q, _, _ = decoder.split_heads(qkv_NTE)
-            new, out = decoder.keys_values(qkv_NTE), decoder.grouped(out_TH)
-            out[num_rows:].zero_()
-            for chunk, (a, b) in zip(chunks, pairwise(borders), strict=True):
+            new, out = decoder.keys_values(qkv_NTE), decoder.grouped(out_TH.zero_())
+            for chunk, a in zip(chunks, starts, strict=True):
+                b = a + chunk.length
                 filled = chunk.request.prompt_cache.kv[index, :, :, : chunk.end]
                 filled[:, :, chunk.start :] = new[:, :, a:b]
                 attend(decoder.ws, q[:, :, a:b], filled[0], filled[1], out[a:b])
 
-        tokens = [token for c in chunks for token in c.request.given.prompt[c.start : c.end]] + [0] * num_pad
-        positions = [position for c in chunks for position in range(c.start, c.end)] + [0] * num_pad
-        segments = _segments([chunk.request for chunk in chunks], borders)
         final_TD = self._forward(tokens, positions, segments, attention)
-        started: list[tuple[_Request, _Sequence]] = []
-        rows: list[int] = []
-        for chunk, end in zip(chunks, borders[1:], strict=True):
+        last_row: dict[int, int] = {}
+        for chunk, start in zip(chunks, starts, strict=True):
             request, cache = chunk.request, chunk.request.prompt_cache
             cache.length = chunk.end
             if chunk.length == PREFILL_CHUNK:
@@ -227,58 +261,57 @@ class Sampler:
                 self._prefixes.put(request.given.adapter, request.given.prompt[: chunk.end], kv_L2KnE)
             if chunk.end == len(request.given.prompt):
                 request.start_sequences()
-                started += [(request, sequence) for sequence in request.sequences]
-                rows += [end - 1] * request.given.num_samples
-        for first in range(0, len(started), MAX_ROWS):
-            self._choose(final_TD[rows[first : first + MAX_ROWS]], started[first : first + MAX_ROWS])
+                last_row[request.number] = start + chunk.length - 1
+        started = [(c.request, s) for c in chunks if c.request.number in last_row for s in c.request.sequences]
+        for rows in self._rows(started) if started else ():
+            self._choose(final_TD[[last_row[row.request.number] for row in rows]], rows)
 
-    def _decode(self, pairs: list[tuple[_Request, _Sequence]]) -> None:
+    def _decode(self, rows: list[_Row]) -> None:
         """One token for each: the last token's keys and values enter the cache, the next token is chosen."""
-        num_pad = -len(pairs) % self._row_block
-        for _, sequence in pairs:
+        decoder = self._decoder
+        growing = [(i, row.sequence) for i, row in enumerate(rows) if row.sequence is not None]
+        for _, sequence in growing:
             sequence.cache.reserve(sequence.cache.length + 1)
-        decoder, caches = self._decoder, [sequence.cache for _, sequence in pairs]
         # views of every layer at once, so that a layer's attention costs few small operations
-        places = [cache.at(cache.length) for cache in caches]
-        seen = [cache.until(cache.length + 1) for cache in caches]
+        views = [(i, s.cache.at(s.cache.length), *s.cache.until(s.cache.length + 1)) for i, s in growing]
 
         def attention(index: int, qkv_NTE: Tensor, out_TH: Tensor) -> None:
             q = decoder.split_heads(qkv_NTE)[0].transpose(0, 2)
             new = decoder.keys_values(qkv_NTE)
-            out = decoder.grouped(out_TH)
-            out[len(pairs) :].zero_()
-            for i, (place, (keys, values)) in enumerate(zip(places, seen, strict=True)):
+            out = decoder.grouped(out_TH.zero_())
+            for i, place, keys, values in views:
                 place[index].copy_(new[:, :, i])
                 # the group's query heads stand where a kernel expects query positions: no key is repeated per head
                 attended = scaled_dot_product_attention(q[i, None].transpose(1, 2), keys[index], values[index])
                 out[i].copy_(attended[0])
 
-        tokens = [s.tokens[-1] for _, s in pairs] + [0] * num_pad
-        positions = [s.cache.length for _, s in pairs] + [0] * num_pad
-        segments = _segments([request for request, _ in pairs], range(len(pairs) + 1))
-        final_BD = self._forward(tokens, positions, segments, attention)
-        for _, sequence in pairs:
+        tokens = [row.sequence.tokens[-1] if row.sequence is not None else 0 for row in rows]
+        positions = [row.sequence.cache.length if row.sequence is not None else 0 for row in rows]
+        final_BD = self._forward(tokens, positions, _segments(rows), attention)
+        for _, sequence in growing:
             sequence.cache.length += 1
-        self._choose(final_BD, pairs)
+        self._choose(final_BD, rows)
 
-    def _choose(self, final_BD: Tensor, pairs: list[tuple[_Request, _Sequence]]) -> None:
+    def _choose(self, final_BD: Tensor, rows: list[_Row]) -> None:
         """The next token of every row, its logprob at temperature 1, and whether the sequence ends with it."""
         normed_BD, _ = self._head.normalise(final_BD)
-        segments = _segments([request for request, _ in pairs], range(len(pairs) + 1))
-        logits_BV = self._head.logits(normed_BD, None)[: len(pairs)]
+        segments = _segments(rows)
+        logits_BV = self._head.logits(normed_BD, None)
         for segment in segments:
             if (lora := segment.at(UNEMBED_SITE)) is not None:
-                rows = slice(segment.start, segment.end)
-                logits_BV[rows].addmm_(normed_BD[rows] @ lora.a_RI.t(), lora.b_OR.t())
-        choices = [Choice(r.given.temperature, r.given.top_k, r.given.top_p, s.random.random()) for r, s in pairs]
-        tokens = choose(logits_BV, choices)
+                part = slice(segment.start, segment.end)
+                logits_BV[part].addmm_(normed_BD[part] @ lora.a_RI.t(), lora.b_OR.t())
+        tokens = choose(logits_BV, [_choice(row) for row in rows])
         logprobs = self._logprobs(normed_BD, logits_BV, tokens, segments)
-        for i, (request, sequence) in enumerate(pairs):
+        for i, row in enumerate(rows):
+            given, sequence = row.request.given, row.sequence
+            if sequence is None:
+                continue
             sequence.tokens.append(tokens[i])
             sequence.logprobs.append(logprobs[i])
-            if request.given.num_topk:
-                sequence.topk.append(top_logprobs(logits_BV[i : i + 1], request.given.num_topk)[0])
-            sequence.stop_reason = _stop_reason(request.given, sequence)
+            if given.num_topk:
+                sequence.topk.append(top_logprobs(logits_BV[i : i + 1], given.num_topk)[0])
+            sequence.stop_reason = _stop_reason(given, sequence)
 
     def _logprobs(
         self, normed_BD: Tensor, logits_BV: Tensor, tokens: list[int], segments: list[Segment]
@@ -328,16 +361,19 @@ def _sampled(sequence: _Sequence) -> SampledSequence:
 
 def rows_are_independent(decoder: Decoder, counts: Sequence[int]) -> bool:
     """Whether the kernels give a row the same bits for each of these numbers of rows, base and low-rank products."""
-    layer, most = decoder.weights.layers[0], max(counts)
+    layers, width = decoder.weights.layers, decoder.config.intermediate_size
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator).to(decoder.device, decoder.dtype)
 
-    low_rank = [random(*shape) for rank in (8, 48) for shape in ((rank, decoder.config.hidden_size), (512, rank))]
-    for weight in (*(linear.weight_OI for linear in layer.linears()), *low_rank):
-        x = random(most, weight.shape[1])
-        whole = x @ weight.t()
-        if not all(torch.equal(x[:n] @ weight.t(), whole[:n]) for n in counts):
+    sizes = (decoder.config.hidden_size, width)
+    low_rank = [random(*shape) for rank in (5, 16, 48) for size in sizes for shape in ((rank, size), (size, rank))]
+    chosen = [layers[i] for i in sorted({0, len(layers) // 2, len(layers) - 1})]
+    linears = [linear for layer in chosen for linear in layer.linears()]
+    for linear in (*linears, *(Linear(weight) for weight in low_rank)):
+        x = random(max(counts), linear.weight_OI.shape[1])
+        results = [linear.forward(x[:n], x.new_empty(n, len(linear.weight_OI))) for n in counts]
+        if not all(torch.equal(result, results[-1][: len(result)]) for result in results):
             return False
     return True
