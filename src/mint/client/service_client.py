@@ -10,8 +10,6 @@ import asyncio
 from types import TracebackType
 from typing import Any
 
-from pydantic import ValidationError
-
 from mint.client.connect import connect
 from mint.client.futures import APIFuture
 from mint.client.rest_client import RestClient
@@ -62,13 +60,7 @@ class ServiceClient:
         MinT does not run.
         """
         refuse("optimizer", optimizer)
-        try:
-            lora = LoraConfig(
-                rank=rank, seed=seed, train_mlp=train_mlp, train_attn=train_attn, train_unembed=train_unembed
-            )
-        except ValidationError as error:
-            first = error.errors()[0]
-            raise InputError(str(first.get("ctx", {}).get("error") or f"{first['loc'][0]}: {first['msg']}")) from None
+        lora = LoraConfig(rank=rank, seed=seed, train_mlp=train_mlp, train_attn=train_attn, train_unembed=train_unembed)
         if not isinstance(base_model, str) or not base_model:
             raise InputError(
                 f"base_model={base_model!r}: give a hub id such as 'Qwen/Qwen3-0.6B', a folder or a packaged name"

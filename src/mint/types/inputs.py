@@ -9,6 +9,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from mint.errors import InputError, UnsupportedError
+from mint.types.refusal import refuses_with_input_error
 from mint.types.tensor import TensorData, TensorDtype, as_numpy
 
 MAX_TOKEN_ID = 2**31 - 1
@@ -37,6 +38,7 @@ def token_list(tokens: object, name: str = "tokens") -> list[int]:
     return ids
 
 
+@refuses_with_input_error
 class EncodedTextChunk(BaseModel):
     """A run of token ids."""
 
@@ -60,6 +62,7 @@ class EncodedTextChunk(BaseModel):
     __str__ = __repr__
 
 
+@refuses_with_input_error
 class ModelInput(BaseModel):
     """A sequence of chunks; MinT runs text, so every chunk is an EncodedTextChunk (others raise UnsupportedError)."""
 
@@ -106,6 +109,7 @@ class ModelInput(BaseModel):
     __str__ = __repr__
 
 
+@refuses_with_input_error
 class Datum(BaseModel):
     """One training example: N input tokens and, per loss input, N values (or N x K for cross_entropy).
 

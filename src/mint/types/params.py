@@ -8,6 +8,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from mint.errors import InputError
+from mint.types.refusal import refuses_with_input_error
 
 LORA_ALPHA = 32  # fixed by the protocol's service; scale = alpha / rank
 MAX_RANK = 1024
@@ -15,6 +16,7 @@ MAX_RANK = 1024
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
+@refuses_with_input_error
 class LoraConfig(BaseModel):
     """The shape of an adapter. `seed=None` draws one; the drawn seed is recorded with the run."""
 
@@ -37,6 +39,7 @@ class LoraConfig(BaseModel):
         return self
 
 
+@refuses_with_input_error
 class AdamParams(BaseModel):
     """AdamW with decoupled weight decay; `grad_clip_norm` is a global norm, 0 switches clipping off."""
 
@@ -60,6 +63,7 @@ class AdamParams(BaseModel):
         return self
 
 
+@refuses_with_input_error
 class SamplingParams(BaseModel):
     """How to sample. temperature 0 is greedy; top_k -1 is off; max_tokens None fills the context.
 
