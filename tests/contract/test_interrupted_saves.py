@@ -210,6 +210,33 @@ def test_a_delete_that_was_killed_does_not_keep_the_name(
     assert not folder.exists()
 
 
+def test_what_a_save_that_failed_between_the_renames_left_is_kept_by_the_next(
+    world: Embedded, run: mint.TrainingClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = run.save_state("a").result(GUARD).path
+    saved, rename = world.state(run), os.rename
+    train(run, 1)
+
+    def fails_for_the_new(source: Path, target: Path) -> None:
+        if source.name.startswith(".new-"):
+            raise OSError(5, "Input/output error")
+        rename(source, target)
+
+    def full(*args: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    for name, failing in (("rename", fails_for_the_new), ("fsync", full)):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, name, failing)
+            with pytest.raises(OSError):
+                run.save_state("a", overwrite=True).result(GUARD)
+        assert [c.tinker_path for c in world.rest().list_checkpoints(run.model_id).result().checkpoints] == [path]
+    with pytest.raises(mint.CheckpointError, match=f"checkpoint {path} exists"):
+        run.save_state("a").result(GUARD)
+    run.load_state_with_optimizer(path).result(GUARD)
+    assert same_weights(world.state(run), saved)
+
+
 def run_elsewhere(function: Callable[[], Any]) -> None:
     """In another thread, as another process would."""
     thread = threading.Thread(target=function)

@@ -45,7 +45,7 @@ class SamplingClient:
         given = prepare_sample_input(
             prompt,
             num_samples,
-            sampling_params or SamplingParams(),
+            SamplingParams() if sampling_params is None else sampling_params,
             prompt_logprobs=include_prompt_logprobs,
             num_prompt_topk=topk_prompt_logprobs,
             num_sample_topk=topk_sample_logprobs,

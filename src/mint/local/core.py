@@ -142,7 +142,7 @@ class Core:
         loaded = self.runs.pop(run_id)
         self.scheduler.remove_queue(run_id)
         loaded.backend.remove_run(run_id)
-        for session in self.sessions.values():
+        for session in list(self.sessions.values()):
             session.runs.discard(run_id)
 
     def drop_sampler(self, sampling_session_id: str) -> None:
@@ -150,7 +150,7 @@ class Core:
         record = self.samplers.pop(sampling_session_id, None)
         if record is not None and record.adapter is not None:
             record.backend.drop_snapshot(record.adapter)
-        for session in self.sessions.values():
+        for session in list(self.sessions.values()):
             session.samplers.discard(sampling_session_id)
 
     def drop_session(self, session_id: str) -> None:

@@ -90,7 +90,8 @@ def prepare_training_input(
 def prepare_custom_input(data: Sequence[Datum]) -> TrainingInput:
     """Datums for a loss of the caller's own: `target_tokens` is required, whatever else they hold is the caller's."""
     rows = _datum_list(data)
-    return TrainingInput(tuple(_prepare(i, datum, "cross_entropy", ()) for i, datum in enumerate(rows)), "custom", {})
+    prepared = tuple(_prepare(i, datum, "cross_entropy", (), what="a custom loss") for i, datum in enumerate(rows))
+    return TrainingInput(prepared, "custom", {})
 
 
 def _datum_list(data: object) -> list[Datum]:
@@ -104,7 +105,9 @@ def _datum_list(data: object) -> list[Datum]:
     return list(data)
 
 
-def _prepare(index: int, datum: Datum, loss_fn: str, required: tuple[str, ...]) -> PreparedDatum:
+def _prepare(
+    index: int, datum: Datum, loss_fn: str, required: tuple[str, ...], what: str | None = None
+) -> PreparedDatum:
     where = f"data[{index}]"
     tokens_N = np.asarray(datum.model_input.to_ints(), np.int64)
     num_tokens = len(tokens_N)
@@ -114,7 +117,7 @@ def _prepare(index: int, datum: Datum, loss_fn: str, required: tuple[str, ...]) 
     missing = [name for name in ("target_tokens", *required) if name not in given]
     if missing:
         raise InputError(
-            f"{where}: {loss_fn} needs loss_fn_inputs {', '.join(repr(m) for m in missing)}; given: {', '.join(given) or 'none'}"
+            f"{where}: {what or loss_fn} needs loss_fn_inputs {', '.join(repr(m) for m in missing)}; given: {', '.join(given) or 'none'}"
         )
     if required and (unknown := [name for name in given if name not in ("target_tokens", *required)]):
         raise InputError(

@@ -181,7 +181,7 @@ def test_a_loss_of_ones_own_needs_targets_and_may_carry_anything_else() -> None:
     made = prepare_custom_input([of(target_tokens=[1, 2, 3], rewards=[9.0], weights=[float("nan")])])
     assert (made.loss_fn, made.loss_fn_config, made.data[0].inputs) == ("custom", {}, {})
     with pytest.raises(
-        InputError, match=r"data\[0\]: cross_entropy needs loss_fn_inputs 'target_tokens'; given: weights"
+        InputError, match=r"data\[0\]: a custom loss needs loss_fn_inputs 'target_tokens'; given: weights"
     ):
         prepare_custom_input([of(weights=[1.0])])
     with pytest.raises(InputError, match="data: the list of datums is empty"):

@@ -35,9 +35,10 @@ def choose(logits_BV: Tensor, choices: list[Choice]) -> list[int]:
     uniform_B = torch.tensor([c.uniform for c in choices], dtype=torch.float64, device=device)
     # the first entry above u x total: an entry of weight 0 can never be the first
     drawn_B = torch.searchsorted(cdf_BV, (uniform_B * cdf_BV[:, -1])[:, None], right=True)[:, 0]
-    greedy_B = logits_BV.argmax(-1)
-    greedy = torch.tensor([c.temperature == 0 for c in choices], device=device)
-    tokens: list[int] = torch.where(greedy, greedy_B, drawn_B.clamp_(max=logits_BV.shape[1] - 1)).tolist()
+    tokens: list[int] = drawn_B.clamp_(max=logits_BV.shape[1] - 1).tolist()
+    for row, c in enumerate(choices):
+        if c.temperature == 0:
+            tokens[row] = int(logits_BV[row].argmax())
     return tokens
 
 
@@ -58,4 +59,4 @@ def _filter(weight_V: Tensor, top_k: int, top_p: float) -> None:
 def log_normaliser(logits_BV: Tensor) -> Tensor:
     """log sum exp of each row at temperature 1, float64 [B]."""
     max_B = logits_BV.amax(-1, keepdim=True).float()
-    return (logits_BV.float() - max_B).exp_().cumsum(-1, dtype=torch.float64)[:, -1].log_() + max_B[:, 0].double()
+    return (logits_BV - max_B).exp_().sum(-1, dtype=torch.float64).log_() + max_B[:, 0].double()
