@@ -117,7 +117,8 @@ def _prepare(
     missing = [name for name in ("target_tokens", *required) if name not in given]
     if missing:
         raise InputError(
-            f"{where}: {what or loss_fn} needs loss_fn_inputs {', '.join(repr(m) for m in missing)}; given: {', '.join(given) or 'none'}"
+            f"{where}: {what or loss_fn} needs loss_fn_inputs {', '.join(repr(m) for m in missing)}; "
+            f"given: {', '.join(given) or 'none'}"
         )
     if required and (unknown := [name for name in given if name not in ("target_tokens", *required)]):
         raise InputError(
