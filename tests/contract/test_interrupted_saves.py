@@ -299,15 +299,18 @@ def test_a_checkpoint_that_is_replaced_while_it_is_read_is_the_old_or_the_new_on
 ) -> None:
     path = run.save_state("a").result(GUARD).path
     train(run, 1)
-    sha256 = checkpoints._sha256
+    read, replaced = checkpoints._read_manifest, []
 
-    def slow(file: Path) -> str:
-        monkeypatch.setattr(checkpoints, "_sha256", sha256)
+    def then_replace(place: Path, name: str) -> Any:
+        monkeypatch.setattr(checkpoints, "_read_manifest", read)
+        manifest = read(place, name)
         run.save_state("a", overwrite=True).result(GUARD)
-        return sha256(file)
+        replaced.append(manifest.sha256)
+        return manifest
 
-    monkeypatch.setattr(checkpoints, "_sha256", slow)
+    monkeypatch.setattr(checkpoints, "_read_manifest", then_replace)
     run.create_sampling_client(path)
+    assert len(replaced) == 1 and checkpoints.ADAPTER in replaced[0]
 
 
 def test_a_delete_that_is_killed_does_not_bring_an_older_one_back(
