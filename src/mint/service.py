@@ -2,7 +2,8 @@
 
 Contract, kept by every implementation:
 - A method returns a `concurrent.futures.Future` at once; an accepted operation is running from then on, and no waiter
-  can cancel it. Operations of a run execute in the order of their seq_id, which start at 1 without gaps.
+  can cancel it. Operations of a run execute in the order of their seq_id, which start at 1 without gaps; None is the
+  next one, for callers that keep no count of their own.
 - Arguments arrive checked and copied (`types.requests`). What only the backend knows (vocabulary, context, missing
   checkpoint) arrives as an exception of the future, of the same class through every door.
 - If a forward_backward of a run failed since its last optim_step, the next optim_step fails naming it, changes nothing
@@ -22,7 +23,10 @@ from mint.types import (
     CheckpointsListResponse,
     ForwardBackwardOutput,
     GetInfoResponse,
+    GetSamplerResponse,
     GetServerCapabilitiesResponse,
+    GetSessionResponse,
+    ListSessionsResponse,
     LoadWeightsResponse,
     LoraConfig,
     OptimStepResponse,
@@ -72,8 +76,13 @@ class SamplingSession:
 class Service(Protocol):
     def capabilities(self) -> Future[GetServerCapabilitiesResponse]: ...
 
-    def create_session(self, user_metadata: dict[str, str]) -> Future[str]:
+    def create_session(self, user_metadata: dict[str, str], display_name: str | None = None) -> Future[str]:
         """A session groups what one client makes; closing it frees all of that."""
+
+    def get_session(self, session_id: str) -> Future[GetSessionResponse]: ...
+
+    def list_sessions(self, limit: int, offset: int) -> Future[ListSessionsResponse]:
+        """Open sessions, the newest first."""
 
     def heartbeat(self, session_id: str) -> Future[None]: ...
 
@@ -85,24 +94,28 @@ class Service(Protocol):
 
     def unload(self, run_id: str) -> Future[UnloadModelResponse]: ...
 
-    def forward(self, run_id: str, seq_id: int, training_input: TrainingInput) -> Future[ForwardBackwardOutput]: ...
+    def forward(
+        self, run_id: str, seq_id: int | None, training_input: TrainingInput
+    ) -> Future[ForwardBackwardOutput]: ...
 
     def forward_backward(
-        self, run_id: str, seq_id: int, training_input: TrainingInput
+        self, run_id: str, seq_id: int | None, training_input: TrainingInput
     ) -> Future[ForwardBackwardOutput]: ...
 
     def forward_backward_custom(
-        self, run_id: str, seq_id: int, training_input: TrainingInput, loss: LossFromLogprobs
+        self, run_id: str, seq_id: int | None, training_input: TrainingInput, loss: LossFromLogprobs
     ) -> Future[ForwardBackwardOutput]: ...
 
-    def optim_step(self, run_id: str, seq_id: int, params: AdamParams) -> Future[OptimStepResponse]: ...
+    def optim_step(self, run_id: str, seq_id: int | None, params: AdamParams) -> Future[OptimStepResponse]: ...
 
-    def save_weights(self, run_id: str, seq_id: int, spec: SaveSpec) -> Future[SaveWeightsResponse]: ...
+    def save_weights(self, run_id: str, seq_id: int | None, spec: SaveSpec) -> Future[SaveWeightsResponse]: ...
 
-    def load_weights(self, run_id: str, seq_id: int, path: str, *, optimizer: bool) -> Future[LoadWeightsResponse]: ...
+    def load_weights(
+        self, run_id: str, seq_id: int | None, path: str, *, optimizer: bool
+    ) -> Future[LoadWeightsResponse]: ...
 
     def save_weights_for_sampler(
-        self, run_id: str, seq_id: int, spec: SaveSpec
+        self, run_id: str, seq_id: int | None, spec: SaveSpec
     ) -> Future[SaveWeightsForSamplerResponse]: ...
 
     def create_sampling_session(
@@ -110,11 +123,14 @@ class Service(Protocol):
     ) -> Future[SamplingSession]:
         """`model_path` wins where both are given."""
 
+    def get_sampler(self, sampling_session_id: str) -> Future[GetSamplerResponse]: ...
+
     def close_sampling_session(self, sampling_session_id: str) -> Future[None]: ...
 
     def sample(self, sampling_session_id: str, sample_input: SampleInput) -> Future[SampleResponse]: ...
 
-    def weights_info(self, path: str) -> Future[WeightsInfoResponse]: ...
+    def weights_info(self, path: str, *, optimizer: bool = False) -> Future[WeightsInfoResponse]:
+        """After the checkpoint's files, with `optimizer` those of a training checkpoint, were found whole."""
 
     def get_run(self, run_id: str) -> Future[TrainingRun]: ...
 
@@ -123,5 +139,8 @@ class Service(Protocol):
     def list_checkpoints(self, run_id: str) -> Future[CheckpointsListResponse]: ...
 
     def list_all_checkpoints(self, limit: int, offset: int) -> Future[CheckpointsListResponse]: ...
+
+    def set_checkpoint_ttl(self, path: str, ttl_seconds: int | None) -> Future[None]:
+        """From now on; None keeps the checkpoint for good."""
 
     def delete_checkpoint(self, path: str) -> Future[None]: ...

@@ -237,7 +237,7 @@ CREATING: dict[str, tuple[Callable[[mint.ServiceClient, str], Any], type[Excepti
     "rank text": (
         lambda c, m: c.create_lora_training_client(m, rank="x"),
         InputError,
-        "^LoraConfig: rank: Input should be a valid int",
+        "^rank='x': expected a whole number",
     ),
     "no modules": (
         lambda c, m: c.create_lora_training_client(m, train_mlp=False, train_attn=False, train_unembed=False),

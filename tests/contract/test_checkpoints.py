@@ -304,6 +304,25 @@ def test_an_expired_checkpoint_is_as_if_it_were_not_there(
             use()
 
 
+def test_the_expiry_of_a_checkpoint_can_be_moved_and_lifted(
+    client: mint.ServiceClient, run: mint.TrainingClient, mint_home: Path
+) -> None:
+    path, rest = run.save_state("a").result(GUARD).path, client.create_rest_client()
+    before = datetime.now(UTC)
+    rest.set_checkpoint_ttl_from_tinker_path(path, 7200).result(GUARD)
+    expires = rest.list_user_checkpoints().result().checkpoints[0].expires_at
+    assert expires is not None and before <= expires - timedelta(seconds=7200) <= datetime.now(UTC)
+    run.load_state_with_optimizer(path).result(GUARD)  # what it holds is untouched
+    rest.set_checkpoint_ttl_from_tinker_path(path, None).result(GUARD)
+    assert rest.list_user_checkpoints().result().checkpoints[0].expires_at is None
+    folder = checkpoint_folder(mint_home, path)
+    assert [entry.name for entry in folder.parent.iterdir()] == ["a"]
+    with pytest.raises(mint.InputError, match="ttl_seconds=60: must be None"):
+        rest.set_checkpoint_ttl_from_tinker_path(path, 60)
+    with pytest.raises(CheckpointNotFoundError, match="no checkpoint"):
+        rest.set_checkpoint_ttl_from_tinker_path(path + "x", 7200).result(GUARD)
+
+
 def test_the_name_of_an_expired_checkpoint_is_free(run: mint.TrainingClient, mint_home: Path) -> None:
     path = run.save_state("a", ttl_seconds=3600).result(GUARD).path
     expire(checkpoint_folder(mint_home, path))

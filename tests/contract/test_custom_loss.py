@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -177,6 +178,16 @@ def test_a_loss_that_waits_for_another_result_is_told_that_it_cannot(world: Embe
     later: list[mint.APIFuture[Any]] = []
     with world.held():
         future = run.forward_backward_custom(batch(), loss_that(lambda: later[0].result(MOMENT)))
+        later.append(run.forward(batch()))
+    with pytest.raises(OperationError, match=f"^{CANNOT}$"):
+        future.result(GUARD)
+
+
+def test_a_loss_that_awaits_another_result_is_told_that_it_cannot(world: Embedded, run: mint.TrainingClient) -> None:
+    later: list[mint.APIFuture[Any]] = []
+    with world.held():
+        waits = loss_that(lambda: asyncio.run(later[0].result_async(MOMENT)))
+        future = run.forward_backward_custom(batch(), waits)
         later.append(run.forward(batch()))
     with pytest.raises(OperationError, match=f"^{CANNOT}$"):
         future.result(GUARD)

@@ -125,6 +125,19 @@ def with_new_hash(folder: Path, name: str) -> None:
     write_signed_manifest(folder, manifest)
 
 
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "optimizer.safetensors"])
+def test_a_damaged_checkpoint_leaves_no_new_run_behind(
+    client: mint.ServiceClient, path: str, mint_home: Path, name: str
+) -> None:
+    file = checkpoint_folder(mint_home, path) / name
+    file.write_bytes(file.read_bytes()[:-1])
+    rest = client.create_rest_client()
+    before = rest.list_training_runs().result()
+    with pytest.raises(CheckpointError, match=f"{name} is missing or damaged"):
+        client.create_training_client_from_state_with_optimizer(path)
+    assert rest.list_training_runs().result() == before
+
+
 def test_tensors_that_do_not_fit_the_run_are_named(
     world: Embedded, run: mint.TrainingClient, path: str, mint_home: Path
 ) -> None:

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 import mint
+from mint import types
 from mint.client import connect
-from tests.support.clients import child
+from tests.support.clients import GUARD, child
 
 # Leaves while a long sample, a training queue and a background load are under way and nobody waits for them.
 LEAVE = """
@@ -167,6 +168,23 @@ def test_a_server_is_refused_as_long_as_there_is_no_remote_client(monkeypatch: p
         mint.UnsupportedError, match=f"^{where}='http://localhost:1': this version of MinT has no remote"
     ):
         mint.ServiceClient(base_url=None if name else "http://localhost:1")
+
+
+def test_changed_settings_are_refused_while_something_is_loaded_and_used_after(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_model: str
+) -> None:
+    monkeypatch.setattr(connect, "_core", None)
+    before = mint.ServiceClient()
+    sampler = before.create_sampling_client(base_model=tiny_model)
+    monkeypatch.setenv("MINT_HOME", str(tmp_path / "elsewhere"))
+    with pytest.raises(mint.InputError, match=r"settings changed while runs or sampling clients are open .*close the"):
+        mint.ServiceClient()
+    assert len(sampler.compute_logprobs(types.ModelInput.from_ints([1, 2])).result(GUARD)) == 2
+    before.close()
+    with mint.ServiceClient() as client:
+        core = client._service._core  # type: ignore[attr-defined]
+        assert core.settings.home == tmp_path / "elsewhere"
+    core.close()
 
 
 def test_all_embedded_clients_of_a_process_share_one_core_and_say_where_it_keeps_things(

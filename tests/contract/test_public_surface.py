@@ -6,26 +6,32 @@ import asyncio
 import inspect
 from types import ModuleType
 from typing import Any
+from unittest import mock
 
 import pytest
 
 import mint
 from mint import types
-from tests.support.clients import LEARNING, batch, prompt
+from tests.support.clients import LEARNING, Embedded, batch, prompt
 
 # Parameter names and defaults are what users' code depends on: a change here breaks it.
 SIGNATURES = {
-    "ServiceClient.__init__": "user_metadata=None, project_id=None, *, display_name=None, base_url=None, api_key=None",
+    "ServiceClient.__init__": "user_metadata=None, project_id=None, *, display_name=None, base_url=None, api_key=None, "
+    "default_headers_overrides=None",
     "ServiceClient.create_lora_training_client": "base_model, rank=32, seed=None, train_mlp=True, train_attn=True, "
     "train_unembed=True, user_metadata=None, optimizer=None",
     "ServiceClient.create_training_client_from_state": "path, base_model=None, user_metadata=None, "
     "weights_access_token=None, optimizer=None",
     "ServiceClient.create_training_client_from_state_with_optimizer": "path, base_model=None, user_metadata=None, "
     "weights_access_token=None",
-    "ServiceClient.create_sampling_client": "model_path=None, base_model=None, retry_config=None",
+    "ServiceClient.create_sampling_client": "model_path=None, base_model=None, retry_config=None, "
+    "record_stability_info=False",
+    "ServiceClient.create_custom_loss": "fn, input_ranks",
+    "ServiceClient.copy_weights": "path, *, ttl_seconds=None, weights_access_token=None",
+    "ServiceClient.get_console_url": "",
     "ServiceClient.create_rest_client": "",
     "ServiceClient.get_server_capabilities": "",
-    "ServiceClient.close": "",
+    "ServiceClient.close": "status=None, detail=None",
     "TrainingClient.forward": "data, loss_fn='cross_entropy', loss_fn_config=None",
     "TrainingClient.forward_backward": "data, loss_fn='cross_entropy', loss_fn_config=None",
     "TrainingClient.forward_backward_custom": "data, loss_fn, *, loss_type_input='logprobs'",
@@ -34,8 +40,11 @@ SIGNATURES = {
     "TrainingClient.load_state": "path, weights_access_token=None",
     "TrainingClient.load_state_with_optimizer": "path, weights_access_token=None",
     "TrainingClient.save_weights_for_sampler": "name, ttl_seconds=None, user_metadata=None, *, overwrite=False",
-    "TrainingClient.save_weights_and_get_sampling_client": "name=None, retry_config=None, kind='snapshot'",
-    "TrainingClient.create_sampling_client": "model_path, retry_config=None",
+    "TrainingClient.save_weights_and_get_sampling_client": "name=None, retry_config=None, "
+    "record_stability_info=False, kind='snapshot'",
+    "TrainingClient.save_weights_external": "name, ttl_seconds=None, age_encryption_recipients=None",
+    "TrainingClient.create_sampling_client": "model_path, retry_config=None, record_stability_info=False",
+    "TrainingClient.get_console_url": "",
     "TrainingClient.get_info": "",
     "TrainingClient.get_tokenizer": "",
     "TrainingClient.result": "timeout=None",
@@ -46,6 +55,7 @@ SIGNATURES = {
     "SamplingClient.compute_logprobs": "prompt, prompt_logprobs_last_n=None",
     "SamplingClient.get_tokenizer": "",
     "SamplingClient.get_base_model": "",
+    "SamplingClient.get_sampler_handle": "",
     "SamplingClient.result": "timeout=None",
     "SamplingClient.result_async": "timeout=None",
     "RestClient.__init__": "*, base_url=None, api_key=None, service=None",
@@ -58,6 +68,18 @@ SIGNATURES = {
     "RestClient.list_user_checkpoints": "limit=100, offset=0",
     "RestClient.delete_checkpoint": "training_run_id, checkpoint_id",
     "RestClient.delete_checkpoint_from_tinker_path": "tinker_path",
+    "RestClient.set_checkpoint_ttl_from_tinker_path": "tinker_path, ttl_seconds",
+    "RestClient.get_session": "session_id, access_scope='owned'",
+    "RestClient.list_sessions": "limit=20, offset=0, access_scope='owned'",
+    "RestClient.get_sampler": "sampler_id",
+    "RestClient.publish_checkpoint_from_tinker_path": "tinker_path",
+    "RestClient.unpublish_checkpoint_from_tinker_path": "tinker_path",
+    "RestClient.copy_weights": "path, destination_project_id=None, *, ttl_seconds=None, weights_access_token=None",
+    "RestClient.get_external_weights_urls": "tinker_path",
+    "RestClient.assign_session_project": "session_id, project_id",
+    "RestClient.export_session_trace": "session_id",
+    "RestClient.search_sessions": "**query",
+    "RestClient.whoami": "",
     "APIFuture.result": "timeout=None",
     "APIFuture.result_async": "timeout=None",
     "APIFuture.done": "",
@@ -66,6 +88,23 @@ SIGNATURES = {
 }
 CLASSES = (mint.ServiceClient, mint.TrainingClient, mint.SamplingClient, mint.RestClient, mint.APIFuture)
 INTERNAL = {"TrainingClient.__init__", "SamplingClient.__init__", "APIFuture.__init__"}
+# calls of the SDK's surface that need a server
+SERVER_ONLY = {
+    "ServiceClient.create_custom_loss": (None, None),
+    "ServiceClient.copy_weights": ("tinker://a/weights/b",),
+    "ServiceClient.get_console_url": (),
+    "TrainingClient.save_weights_external": ("a",),
+    "TrainingClient.get_console_url": (),
+    "SamplingClient.get_sampler_handle": (),
+    "RestClient.publish_checkpoint_from_tinker_path": ("tinker://a/weights/b",),
+    "RestClient.unpublish_checkpoint_from_tinker_path": ("tinker://a/weights/b",),
+    "RestClient.copy_weights": ("tinker://a/weights/b",),
+    "RestClient.get_external_weights_urls": ("tinker://a/weights/b",),
+    "RestClient.assign_session_project": ("a", "b"),
+    "RestClient.export_session_trace": ("a",),
+    "RestClient.search_sessions": (),
+    "RestClient.whoami": (),
+}
 # answered from what the client knows, or not to be waited for
 WITHOUT_TWIN = {
     "ServiceClient.create_rest_client",
@@ -73,6 +112,7 @@ WITHOUT_TWIN = {
     "TrainingClient.get_tokenizer",
     "SamplingClient.get_tokenizer",
     "SamplingClient.get_base_model",
+    *SERVER_ONLY,
 }
 
 
@@ -161,6 +201,75 @@ def test_twins_are_coroutine_functions_that_pass_their_arguments_on() -> None:
                 assert own in ("*args, **kwargs", SIGNATURES[name.removesuffix("_async")]), name
 
 
+@pytest.mark.parametrize("name", SERVER_ONLY)
+def test_calls_that_need_a_server_say_so_and_what_to_do(
+    client: mint.ServiceClient, run: mint.TrainingClient, tiny_model: str, name: str
+) -> None:
+    owner, _, method = name.partition(".")
+    objects = {
+        "ServiceClient": client,
+        "TrainingClient": run,
+        "SamplingClient": client.create_sampling_client(base_model=tiny_model),
+        "RestClient": client.create_rest_client(),
+    }
+    with pytest.raises(
+        mint.UnsupportedError, match=rf"^{method} needs a server, and MinT runs inside this process; \w"
+    ):
+        getattr(objects[owner], method)(*SERVER_ONLY[name])
+
+
+def test_options_of_a_server_are_refused_by_name(
+    client: mint.ServiceClient, run: mint.TrainingClient, tiny_model: str
+) -> None:
+    with pytest.raises(mint.UnsupportedError, match=r"^record_stability_info=True is not supported; leave it out$"):
+        client.create_sampling_client(base_model=tiny_model, record_stability_info=True)
+    with pytest.raises(mint.UnsupportedError, match="record_stability_info=True"):
+        run.save_weights_and_get_sampling_client(record_stability_info=True)
+    with pytest.raises(mint.UnsupportedError, match="record_stability_info=True"):
+        run.create_sampling_client("tinker://a/weights/b", record_stability_info=True)
+    with pytest.raises(mint.UnsupportedError, match="project_id='p' is not supported"):
+        mint.ServiceClient(project_id="p")
+    with pytest.raises(mint.UnsupportedError, match="default_headers_overrides"):
+        mint.ServiceClient(default_headers_overrides={"a": "b"})
+
+
+def test_a_sampling_client_is_not_pickled(client: mint.ServiceClient, tiny_model: str) -> None:
+    import pickle
+
+    with pytest.raises(mint.UnsupportedError, match=r"pickled SamplingClient needs a server.*make a ServiceClient in"):
+        pickle.dumps(client.create_sampling_client(base_model=tiny_model))
+
+
+def test_sessions_and_samplers_are_listed(
+    world: Embedded, client: mint.ServiceClient, run: mint.TrainingClient, tiny_model: str
+) -> None:
+    with mock.patch("mint.client.service_client.connect", lambda base_url, api_key: world.service()):
+        labelled = mint.ServiceClient({"team": "a"}, display_name="sweep")
+    rest = world.rest()
+    newest, first = rest.list_sessions().result().sessions
+    assert rest.list_sessions(limit=1).result().sessions == [newest]
+    assert rest.list_sessions(limit=5, offset=1).result().sessions == [first]
+    session = rest.get_session(newest).result()
+    assert session.user_metadata == {"team": "a"} and session.display_name == "sweep"
+    assert session.training_run_ids == session.sampler_ids == []
+    path = run.save_weights_for_sampler("a").result().path
+    samplers = [
+        client.create_sampling_client(base_model=tiny_model),
+        run.save_weights_and_get_sampling_client(),
+        client.create_sampling_client(path),
+    ]
+    assert rest.get_session(first).result().training_run_ids == [run.model_id]
+    known = [rest.get_sampler(name).result() for name in rest.get_session(first).result().sampler_ids]
+    assert [(sampler.base_model, sampler.model_path) for sampler in known] == [
+        (tiny_model, None), (tiny_model, None), (tiny_model, path)
+    ]  # fmt: skip
+    del samplers
+    labelled.close()
+    assert rest.list_sessions().result().sessions == [first]
+    with pytest.raises(mint.ClosedError, match=f"session {newest} is closed"):
+        rest.get_session(newest).result()
+
+
 def test_the_twins_of_a_training_client_work(run: mint.TrainingClient) -> None:
     async def go() -> tuple[Any, ...]:
         gradient = await run.forward_backward_async(batch(), loss_fn="cross_entropy")
@@ -213,6 +322,11 @@ def test_the_twins_of_the_other_clients_work(
             await rest.get_server_capabilities_async(),
             await client.get_server_capabilities_async(),
         ]
+        sessions = (await rest.list_sessions_async()).sessions
+        ids = (await rest.get_session_async(sessions[0])).sampler_ids
+        assert (await rest.get_sampler_async(ids[0])).base_model == tiny_model
+        await rest.set_checkpoint_ttl_from_tinker_path_async(path, ttl_seconds=3600)
+        assert (await rest.list_checkpoints_async(run.model_id)).checkpoints[0].expires_at is not None
         await rest.delete_checkpoint_async(run.model_id, "weights/a")
         await run.save_state("a")
         await rest.delete_checkpoint_from_tinker_path_async(path)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from mint import settings as settings_module
 from mint.engine.backend import Backend
-from mint.errors import UnsupportedError
+from mint.errors import InputError, UnsupportedError
 from mint.local.core import Core
 from mint.local.service import LocalService
 from mint.service import Service
@@ -43,6 +43,14 @@ def connect(base_url: str | None, api_key: str | None) -> Service:
             "environment variable) to train inside this process"
         )
     with _lock:
+        if _core is not None and _core_pid == os.getpid() and _core.settings != settings:
+            if _core.runs or _core.samplers:
+                raise InputError(
+                    f"the MINT_* settings changed while runs or sampling clients are open ({_core.settings} -> "
+                    f"{settings}): close the ServiceClients that made them first"
+                )
+            _core.close()
+            _core = None
         if _core is None or _core_pid != os.getpid():  # a forked child may build a service of its own
             _core, _core_pid = Core(settings, _make_backend), os.getpid()
             atexit.register(_core.close)

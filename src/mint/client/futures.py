@@ -95,6 +95,8 @@ class APIFuture(Generic[T]):
     async def result_async(self, timeout: float | None = None) -> T:
         """As `result`, without blocking the event loop. Cancelling the awaiting task does not cancel the work."""
         self._check_process()
+        if not self._future.done():
+            refuse_inside_loss()
         waiter = asyncio.wrap_future(self._future)
         waiter.add_done_callback(lambda f: f.cancelled() or f.exception())  # heard, even if nobody waits any more
         try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 
 from mint.client.connect import connect
 from mint.client.futures import APIFuture
@@ -10,12 +10,16 @@ from mint.errors import InputError
 from mint.service import Service
 from mint.types import (
     CheckpointsListResponse,
+    GetSamplerResponse,
     GetServerCapabilitiesResponse,
+    GetSessionResponse,
+    ListSessionsResponse,
     ParsedCheckpointTinkerPath,
     TrainingRun,
     TrainingRunsResponse,
     WeightsInfoResponse,
 )
+from mint.types.requests import check_ttl, server_only
 
 
 class RestClient:
@@ -63,6 +67,58 @@ class RestClient:
     def delete_checkpoint_from_tinker_path(self, tinker_path: str) -> APIFuture[None]:
         return APIFuture(self._service.delete_checkpoint(tinker_path))
 
+    def set_checkpoint_ttl_from_tinker_path(self, tinker_path: str, ttl_seconds: int | None) -> APIFuture[None]:
+        """The checkpoint expires `ttl_seconds` from now (3600 to ten years), or with None never."""
+        return APIFuture(self._service.set_checkpoint_ttl(tinker_path, check_ttl(ttl_seconds)))
+
+    def get_session(self, session_id: str, access_scope: str = "owned") -> APIFuture[GetSessionResponse]:
+        """What a ServiceClient of this process made."""
+        _owned(access_scope)
+        return APIFuture(self._service.get_session(session_id))
+
+    def list_sessions(
+        self, limit: int = 20, offset: int = 0, access_scope: str = "owned"
+    ) -> APIFuture[ListSessionsResponse]:
+        """Open ServiceClients of this process, the newest first."""
+        _owned(access_scope)
+        return APIFuture(self._service.list_sessions(*_page(limit, offset)))
+
+    def get_sampler(self, sampler_id: str) -> APIFuture[GetSamplerResponse]:
+        return APIFuture(self._service.get_sampler(sampler_id))
+
+    # of the SDK's surface, without a meaning in one process
+
+    def publish_checkpoint_from_tinker_path(self, tinker_path: str) -> NoReturn:
+        raise server_only("publish_checkpoint_from_tinker_path", "share the checkpoint's folder")
+
+    def unpublish_checkpoint_from_tinker_path(self, tinker_path: str) -> NoReturn:
+        raise server_only("unpublish_checkpoint_from_tinker_path", "nothing was published")
+
+    def copy_weights(
+        self,
+        path: str,
+        destination_project_id: str | None = None,
+        *,
+        ttl_seconds: int | None = None,
+        weights_access_token: str | None = None,
+    ) -> NoReturn:
+        raise server_only("copy_weights", "every run of this MINT_HOME can load the checkpoint where it is")
+
+    def get_external_weights_urls(self, tinker_path: str) -> NoReturn:
+        raise server_only("get_external_weights_urls", "the adapter lies under MINT_HOME in PEFT format")
+
+    def assign_session_project(self, session_id: str, project_id: str) -> NoReturn:
+        raise server_only("assign_session_project", "there are no projects; use user_metadata")
+
+    def export_session_trace(self, session_id: str) -> NoReturn:
+        raise server_only("export_session_trace", "each run's metrics.jsonl holds what was done")
+
+    def search_sessions(self, **query: object) -> NoReturn:
+        raise server_only("search_sessions", "list_sessions shows the open ones")
+
+    def whoami(self) -> NoReturn:
+        raise server_only("whoami", "there are no accounts here")
+
     # the twins
 
     async def get_server_capabilities_async(self) -> GetServerCapabilitiesResponse:
@@ -85,6 +141,18 @@ class RestClient:
 
     async def list_user_checkpoints_async(self, *args: Any, **kwargs: Any) -> CheckpointsListResponse:
         return await self.list_user_checkpoints(*args, **kwargs)
+
+    async def set_checkpoint_ttl_from_tinker_path_async(self, *args: Any, **kwargs: Any) -> None:
+        await self.set_checkpoint_ttl_from_tinker_path(*args, **kwargs)
+
+    async def get_session_async(self, *args: Any, **kwargs: Any) -> GetSessionResponse:
+        return await self.get_session(*args, **kwargs)
+
+    async def list_sessions_async(self, *args: Any, **kwargs: Any) -> ListSessionsResponse:
+        return await self.list_sessions(*args, **kwargs)
+
+    async def get_sampler_async(self, *args: Any, **kwargs: Any) -> GetSamplerResponse:
+        return await self.get_sampler(*args, **kwargs)
 
     async def delete_checkpoint_async(self, *args: Any, **kwargs: Any) -> None:
         await self.delete_checkpoint(*args, **kwargs)

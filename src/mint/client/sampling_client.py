@@ -5,14 +5,14 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections.abc import Generator
-from typing import Any
+from typing import Any, NoReturn
 
 from mint.client.futures import APIFuture
 from mint.errors import ClosedError
 from mint.hub import load_tokenizer
 from mint.service import Service
 from mint.types import ModelInput, SampleResponse, SamplingParams
-from mint.types.requests import SampleInput, prepare_sample_input, refuse
+from mint.types.requests import SampleInput, prepare_sample_input, refuse, server_only
 
 
 class SamplingClient:
@@ -66,6 +66,12 @@ class SamplingClient:
     def get_tokenizer(self) -> Any:
         """The base model's tokenizer, a transformers object."""
         return load_tokenizer(self._base_model)
+
+    def get_sampler_handle(self) -> NoReturn:
+        raise server_only("get_sampler_handle", "hand the checkpoint's path on and call create_sampling_client there")
+
+    def __reduce__(self) -> NoReturn:
+        raise server_only("a pickled SamplingClient", "make a ServiceClient in the other process")
 
     def get_base_model(self) -> str:
         return self._base_model

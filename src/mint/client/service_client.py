@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from types import TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
 from mint.client.connect import connect
 from mint.client.futures import APIFuture
@@ -18,7 +18,7 @@ from mint.client.training_client import TrainingClient
 from mint.errors import ClosedError, InputError
 from mint.service import RunSpec, SamplingSession
 from mint.types import GetInfoResponse, GetServerCapabilitiesResponse, LoraConfig
-from mint.types.requests import check_user_metadata, refuse
+from mint.types.requests import check_user_metadata, refuse, server_only
 
 
 class ServiceClient:
@@ -36,10 +36,13 @@ class ServiceClient:
         display_name: str | None = None,
         base_url: str | None = None,
         api_key: str | None = None,
+        default_headers_overrides: dict[str, str] | None = None,
     ) -> None:
-        """`project_id` and `display_name` label sessions of a server; embedded there is nobody to show them to."""
+        """`user_metadata` and `display_name` label the session (`RestClient.get_session`)."""
+        refuse("project_id", project_id)
+        refuse("default_headers_overrides", default_headers_overrides)
         self._service = connect(base_url, api_key)
-        self._session_id = self._service.create_session(check_user_metadata(user_metadata)).result()
+        self._session_id = self._service.create_session(check_user_metadata(user_metadata), display_name).result()
         self._closed = False
 
     def create_lora_training_client(
@@ -110,7 +113,7 @@ class ServiceClient:
     ) -> TrainingClient:
         refuse("weights_access_token", access_token)
         self._check_open()
-        info = self._service.weights_info(path).result()
+        info = self._service.weights_info(path, optimizer=with_optimizer).result()
         if base_model is not None and base_model != info.base_model:
             raise InputError(
                 f"checkpoint {path} is of base model {info.base_model!r}, not {base_model!r}; leave base_model out"
@@ -128,12 +131,17 @@ class ServiceClient:
         return client
 
     def create_sampling_client(
-        self, model_path: str | None = None, base_model: str | None = None, retry_config: object = None
+        self,
+        model_path: str | None = None,
+        base_model: str | None = None,
+        retry_config: object = None,
+        record_stability_info: bool = False,
     ) -> SamplingClient:
         """Sample from a checkpoint (`model_path`) or from a base model; `model_path` wins where both are given.
 
         `retry_config` tunes HTTP retries, of which there are none here.
         """
+        refuse("record_stability_info", record_stability_info)
         self._check_open()
         if model_path is None and base_model is None:
             raise InputError("create_sampling_client: give model_path (a checkpoint's path) or base_model")
@@ -154,8 +162,22 @@ class ServiceClient:
         if self._closed:
             raise ClosedError("this ServiceClient is closed; make a new one")
 
-    def close(self) -> None:
-        """Free the runs and sampling sessions made through this client, and the base models when nobody uses them."""
+    def create_custom_loss(self, fn: object, input_ranks: object) -> NoReturn:
+        raise server_only("create_custom_loss", "forward_backward_custom takes the function itself")
+
+    def copy_weights(
+        self, path: str, *, ttl_seconds: int | None = None, weights_access_token: str | None = None
+    ) -> NoReturn:
+        raise server_only("copy_weights", "every run of this MINT_HOME can load the checkpoint where it is")
+
+    def get_console_url(self) -> NoReturn:
+        raise server_only("get_console_url", "RestClient lists runs and checkpoints")
+
+    def close(self, status: object = None, detail: str | None = None) -> None:
+        """Free the runs and sampling sessions made through this client, and the base models when nobody uses them.
+
+        `status` and `detail` are for a server's records; there is none here.
+        """
         if not self._closed:
             self._closed = True
             self._service.close_session(self._session_id).result()

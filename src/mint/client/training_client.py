@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import threading
 import weakref
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from mint.client.futures import APIFuture, inside_loss, refuse_inside_loss
 from mint.client.sampling_client import SamplingClient
@@ -32,6 +31,7 @@ from mint.types.requests import (
     prepare_custom_input,
     prepare_training_input,
     refuse,
+    server_only,
 )
 
 T = TypeVar("T")
@@ -49,8 +49,6 @@ class TrainingClient:
 
     def __init__(self, service: Service, session_id: str, info: GetInfoResponse) -> None:
         self._service, self._session_id, self._info = service, session_id, info
-        self._order = threading.Lock()
-        self._next_seq = 1
         # a run whose client nobody holds any more can receive no operation: its memory is given back
         weakref.finalize(self, _unload, service, info.model_id).atexit = False
 
@@ -58,27 +56,23 @@ class TrainingClient:
     def model_id(self) -> str:
         return self._info.model_id
 
-    def _submit(self, what: str, send: Callable[[int], Future[T]]) -> APIFuture[T]:
-        """Number the operation and send it; one that was not accepted leaves its number to the next."""
+    def _submit(self, what: str, send: Callable[[], Future[T]]) -> APIFuture[T]:
         refuse_inside_loss()
-        with self._order:
-            future = send(self._next_seq)
-            self._next_seq += 1
-        return APIFuture(future, owner=self, what=f"{what} of {self.model_id}")
+        return APIFuture(send(), owner=self, what=f"{what} of {self.model_id}")
 
     def forward(
         self, data: Sequence[Datum], loss_fn: str = "cross_entropy", loss_fn_config: dict[str, float] | None = None
     ) -> APIFuture[ForwardBackwardOutput]:
         """Logprobs of every datum's targets and the loss, no gradient. Losses are sums over tokens."""
         given = prepare_training_input(data, loss_fn, loss_fn_config)
-        return self._submit("forward", lambda seq: self._service.forward(self.model_id, seq, given))
+        return self._submit("forward", lambda: self._service.forward(self.model_id, None, given))
 
     def forward_backward(
         self, data: Sequence[Datum], loss_fn: str = "cross_entropy", loss_fn_config: dict[str, float] | None = None
     ) -> APIFuture[ForwardBackwardOutput]:
         """As `forward`, and the gradient of the summed loss is added to what the next optim_step uses."""
         given = prepare_training_input(data, loss_fn, loss_fn_config)
-        return self._submit("forward_backward", lambda seq: self._service.forward_backward(self.model_id, seq, given))
+        return self._submit("forward_backward", lambda: self._service.forward_backward(self.model_id, None, given))
 
     def forward_backward_custom(
         self, data: Sequence[Datum], loss_fn: CustomLossFn, *, loss_type_input: str = "logprobs"
@@ -103,7 +97,7 @@ class TrainingClient:
 
         return self._submit(
             "forward_backward_custom",
-            lambda seq: self._service.forward_backward_custom(self.model_id, seq, given, loss),
+            lambda: self._service.forward_backward_custom(self.model_id, None, given, loss),
         )
 
     def optim_step(
@@ -115,7 +109,7 @@ class TrainingClient:
         params = next((p for p in (optim_params, adam_params) if p is not None), AdamParams())
         if not isinstance(params, AdamParams):
             raise InputError(f"optim_step: expected types.AdamParams, got {type(params).__name__}")
-        return self._submit("optim_step", lambda seq: self._service.optim_step(self.model_id, seq, params))
+        return self._submit("optim_step", lambda: self._service.optim_step(self.model_id, None, params))
 
     def save_state(
         self,
@@ -129,7 +123,7 @@ class TrainingClient:
         Put a data cursor into `user_metadata` to find your place again.
         """
         spec = _save_spec(name, ttl_seconds, overwrite, user_metadata)
-        return self._submit("save_state", lambda seq: self._service.save_weights(self.model_id, seq, spec))
+        return self._submit("save_state", lambda: self._service.save_weights(self.model_id, None, spec))
 
     def load_state(self, path: str, weights_access_token: str | None = None) -> APIFuture[LoadWeightsResponse]:
         """Replace the weights by a checkpoint's; Adam starts anew and the gradient is cleared."""
@@ -144,7 +138,7 @@ class TrainingClient:
     def _load(self, path: str, access_token: str | None, *, optimizer: bool) -> APIFuture[LoadWeightsResponse]:
         refuse("weights_access_token", access_token)
         return self._submit(
-            "load_state", lambda seq: self._service.load_weights(self.model_id, seq, path, optimizer=optimizer)
+            "load_state", lambda: self._service.load_weights(self.model_id, None, path, optimizer=optimizer)
         )
 
     def save_weights_for_sampler(
@@ -159,29 +153,42 @@ class TrainingClient:
         spec = _save_spec(name, ttl_seconds, overwrite, user_metadata)
         return self._submit(
             "save_weights_for_sampler",
-            lambda seq: self._service.save_weights_for_sampler(self.model_id, seq, spec),
+            lambda: self._service.save_weights_for_sampler(self.model_id, None, spec),
         )
 
     def save_weights_and_get_sampling_client(
-        self, name: str | None = None, retry_config: object = None, kind: str = "snapshot"
+        self,
+        name: str | None = None,
+        retry_config: object = None,
+        record_stability_info: bool = False,
+        kind: str = "snapshot",
     ) -> SamplingClient:
         """A client of the weights as they are now; training on does not change what it samples.
 
         `name` is accepted and not used: the snapshot is unlisted and goes with its client.
         """
+        refuse("record_stability_info", record_stability_info)
         if kind != "snapshot":
             raise InputError(f"kind={kind!r}: only 'snapshot' is supported")
         if name is not None:
             check_checkpoint_name(name)
         saved = self._submit(
             "save_weights_and_get_sampling_client",
-            lambda seq: self._service.save_weights_for_sampler(self.model_id, seq, SaveSpec(None)),
+            lambda: self._service.save_weights_for_sampler(self.model_id, None, SaveSpec(None)),
         ).result()
         assert saved.sampling_session_id is not None
         return SamplingClient(self._service, saved.sampling_session_id, str(self._info.model_name))
 
-    def create_sampling_client(self, model_path: str, retry_config: object = None) -> SamplingClient:
+    def save_weights_external(
+        self, name: str, ttl_seconds: int | None = None, age_encryption_recipients: object = None
+    ) -> NoReturn:
+        raise server_only("save_weights_external", "save_weights_for_sampler writes a PEFT adapter under MINT_HOME")
+
+    def create_sampling_client(
+        self, model_path: str, retry_config: object = None, record_stability_info: bool = False
+    ) -> SamplingClient:
         """Sample from a saved checkpoint."""
+        refuse("record_stability_info", record_stability_info)
         created = self._service.create_sampling_session(self._session_id, None, model_path)
         session = APIFuture[SamplingSession](created, what=f"loading {model_path}").result()
         return SamplingClient(self._service, session.sampling_session_id, session.base_model)
@@ -189,6 +196,9 @@ class TrainingClient:
     def get_info(self) -> GetInfoResponse:
         """What this run is: base model, rank, seed, wrapped modules, parameter count, device, dtype, plan."""
         return self._service.get_info(self.model_id).result()
+
+    def get_console_url(self) -> NoReturn:
+        raise server_only("get_console_url", "RestClient lists runs and checkpoints")
 
     def get_tokenizer(self) -> Any:
         """The base model's tokenizer, a transformers object."""

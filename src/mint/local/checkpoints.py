@@ -104,12 +104,30 @@ def _write_files(fresh: Path, manifest: Manifest, state: AdapterState) -> None:
         moments = {"exp_avg": state.exp_avg, "exp_avg_sq": state.exp_avg_sq}
         save_file({f"{kind}.{k}": v for kind, part in moments.items() for k, v in part.items()}, fresh / OPTIMIZER)
     sums = {path.name: _sha256(path) for path in sorted(fresh.iterdir())}
-    signed = manifest.model_copy(update={"sha256": sums})
-    signed = signed.model_copy(update={"digest": _digest(signed)})
-    (fresh / MANIFEST).write_text(signed.model_dump_json(indent=2), encoding="utf-8")
+    _write_manifest(fresh, manifest.model_copy(update={"sha256": sums}))
     for path in fresh.iterdir():
         _flush(path)
     _flush(fresh)
+
+
+def _write_manifest(place: Path, manifest: Manifest) -> None:
+    signed = manifest.model_copy(update={"digest": _digest(manifest)})
+    (place / MANIFEST).write_text(signed.model_dump_json(indent=2), encoding="utf-8")
+
+
+def write_expiry(folder: Path, path: str, expires_at: datetime | None) -> None:
+    """Replace the manifest alone, atomically. Raises as `read_manifest` does."""
+    _tidy(folder)
+    manifest = read_manifest(folder, path)
+    fresh = folder.parent / f".new-{uuid.uuid4().hex}"
+    fresh.mkdir()
+    try:
+        _write_manifest(fresh, manifest.model_copy(update={"expires_at": expires_at}))
+        _flush(fresh / MANIFEST)
+        (fresh / MANIFEST).replace(folder / MANIFEST)
+        _flush(folder)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
 
 
 def _replace(folder: Path, fresh: Path) -> None:

@@ -43,6 +43,7 @@ class SamplerRecord:
     """A sampling session: a base model, with the snapshot of an adapter or without."""
 
     tenant: str
+    base_model: str
     source: ModelSource
     backend: Backend
     adapter: int | None
@@ -52,6 +53,8 @@ class SamplerRecord:
 @dataclass(slots=True, repr=False)
 class Session:
     tenant: str
+    user_metadata: dict[str, str]
+    display_name: str | None = None
     runs: set[str] = field(default_factory=set)
     samplers: set[str] = field(default_factory=set)
     run_numbers: itertools.count[int] = field(default_factory=itertools.count)
@@ -82,7 +85,7 @@ class Core:
     def call(self, function: Callable[[], T]) -> Future[T]:
         """Run a short function on the engine thread, in no run's order."""
         self.check_process()
-        return self.scheduler.submit(None, 0, CallJob(function, Future()))
+        return self.scheduler.submit(None, None, CallJob(function, Future()))
 
     def release(self, function: Callable[[], T]) -> Future[T]:
         """As `call`, and allowed from finalisers, which may run on any thread."""
@@ -132,9 +135,9 @@ class Core:
             raise ClosedError(f"session {session_id} is closed; make a new ServiceClient")
         return session
 
-    def new_session(self, tenant: str) -> str:
+    def new_session(self, session: Session) -> str:
         session_id = uuid.uuid4().hex[:16]
-        self.sessions[session_id] = Session(tenant)
+        self.sessions[session_id] = session
         return session_id
 
     def drop_run(self, run_id: str) -> None:

@@ -17,7 +17,7 @@ from mint.local.saving import add_sampler
 from mint.local.scheduler import WorkJob
 from mint.local.stop import new_stop_check
 from mint.service import SamplingSession
-from mint.types import ParsedCheckpointTinkerPath, SampleResponse
+from mint.types import GetSamplerResponse, ParsedCheckpointTinkerPath, SampleResponse
 from mint.types.requests import SampleInput
 
 
@@ -47,12 +47,26 @@ class SamplingOps:
                 core.session(session_id, self._tenant)  # it may have been closed during a download
                 backend = core.backend(source)
                 adapter = backend.add_snapshot(saved[0].lora, saved[1]) if saved is not None else None
-                record = SamplerRecord(self._tenant, source, backend, adapter, model_path)
+                record = SamplerRecord(self._tenant, name, source, backend, adapter, model_path)
                 return SamplingSession(add_sampler(core, session_id, session, record), name, model_path)
 
             return core.call(load).result()
 
         return core.background(create)
+
+    def get_sampler(self, sampling_session_id: str) -> Future[GetSamplerResponse]:
+        record = self._record(sampling_session_id)
+        return done(
+            GetSamplerResponse(
+                sampler_id=sampling_session_id, base_model=record.base_model, model_path=record.model_path
+            )
+        )
+
+    def _record(self, sampling_session_id: str) -> SamplerRecord:
+        record = self._core.samplers.get(sampling_session_id)
+        if record is None or record.tenant != self._tenant:
+            raise ClosedError(f"sampling session {sampling_session_id} is closed; make a new sampling client")
+        return record
 
     def close_session(self, sampling_session_id: str) -> Future[None]:
         record = self._core.samplers.get(sampling_session_id)
@@ -63,9 +77,7 @@ class SamplingOps:
     def sample(self, sampling_session_id: str, sample_input: SampleInput) -> Future[SampleResponse]:
         core = self._core
         core.check_process()
-        record = core.samplers.get(sampling_session_id)
-        if record is None or record.tenant != self._tenant:
-            raise ClosedError(f"sampling session {sampling_session_id} is closed; make a new sampling client")
+        record = self._record(sampling_session_id)
         max_new = _max_new(record, sample_input)
         prompt, futures = sample_input.prompt, []
         if sample_input.num_samples:
@@ -73,7 +85,7 @@ class SamplingOps:
         if sample_input.prompt_logprobs or sample_input.num_prompt_topk:
             topk = sample_input.num_prompt_topk
             job = WorkJob(lambda: record.backend.score_prompt(prompt, record.adapter, topk), Future())
-            futures.append(core.scheduler.submit(None, 0, job))
+            futures.append(core.scheduler.submit(None, None, job))
         return combine(futures, lambda results: _response(sample_input, results))
 
     def _request(self, record: SamplerRecord, sample_input: SampleInput, max_new: int) -> GenerateRequest:

@@ -6,7 +6,7 @@ from concurrent.futures import Future
 from datetime import UTC, datetime, timedelta
 
 from mint.errors import CheckpointError
-from mint.local.checkpoints import Manifest, delete_checkpoint, read_checkpoint, read_manifest, write_checkpoint
+from mint.local.checkpoints import Manifest, delete_checkpoint, read_checkpoint, write_checkpoint, write_expiry
 from mint.local.core import Core, LoadedRun, SamplerRecord, Session
 from mint.local.futures import done
 from mint.local.runs import RunStore
@@ -32,13 +32,13 @@ class SavingOps:
     def __init__(self, core: Core, store: RunStore, training: TrainingOps) -> None:
         self._core, self._store, self._training = core, store, training
 
-    def save_weights(self, run_id: str, seq_id: int, spec: SaveSpec) -> Future[SaveWeightsResponse]:
+    def save_weights(self, run_id: str, seq_id: int | None, spec: SaveSpec) -> Future[SaveWeightsResponse]:
         run = self._training.loaded(run_id)
         job = CallJob(lambda: SaveWeightsResponse(path=self._write(run, spec, "training")), Future())
         return self._core.scheduler.submit(run_id, seq_id, job)
 
     def save_weights_for_sampler(
-        self, run_id: str, seq_id: int, spec: SaveSpec
+        self, run_id: str, seq_id: int | None, spec: SaveSpec
     ) -> Future[SaveWeightsForSamplerResponse]:
         run = self._training.loaded(run_id)
 
@@ -48,7 +48,12 @@ class SavingOps:
             session_id = run_id.partition(":")[0]
             session = self._core.sessions[session_id]
             record = SamplerRecord(
-                run.record.tenant, run.source, run.backend, run.backend.snapshot(run_id), model_path=None
+                run.record.tenant,
+                run.record.base_model,
+                run.source,
+                run.backend,
+                run.backend.snapshot(run_id),
+                model_path=None,
             )
             return SaveWeightsForSamplerResponse(
                 sampling_session_id=add_sampler(self._core, session_id, session, record)
@@ -72,12 +77,14 @@ class SavingOps:
             plan=run.report.plan,
             step=state.step,
             user_metadata=spec.user_metadata or {},
-            expires_at=now + timedelta(seconds=spec.ttl_seconds) if spec.ttl_seconds else None,
+            expires_at=_expiry(now, spec.ttl_seconds),
         )
         write_checkpoint(self._store.checkpoint_folder(parsed), manifest, state, overwrite=spec.overwrite)
         return parsed.tinker_path
 
-    def load_weights(self, run_id: str, seq_id: int, path: str, *, optimizer: bool) -> Future[LoadWeightsResponse]:
+    def load_weights(
+        self, run_id: str, seq_id: int | None, path: str, *, optimizer: bool
+    ) -> Future[LoadWeightsResponse]:
         run = self._training.loaded(run_id)
 
         def load() -> LoadWeightsResponse:
@@ -104,9 +111,10 @@ class SavingOps:
                 "Use create_training_client_from_state(path), which makes a run of the checkpoint's shape"
             )
 
-    def weights_info(self, path: str) -> Future[WeightsInfoResponse]:
+    def weights_info(self, path: str, *, optimizer: bool) -> Future[WeightsInfoResponse]:
         parsed = ParsedCheckpointTinkerPath.from_tinker_path(path)
-        manifest = read_manifest(self._store.checkpoint_folder(parsed), parsed.tinker_path)
+        folder = self._store.checkpoint_folder(parsed)
+        manifest, _ = read_checkpoint(folder, parsed.tinker_path, optimizer=optimizer)
         rank, unembed, mlp, attn = manifest.lora.rank, *_flags(manifest.lora)
         return done(
             WeightsInfoResponse(
@@ -136,6 +144,15 @@ class SavingOps:
         cursor = _cursor(limit, offset, len(found))
         return done(CheckpointsListResponse(checkpoints=found[offset : offset + limit], cursor=cursor))
 
+    def set_checkpoint_ttl(self, path: str, ttl_seconds: int | None) -> Future[None]:
+        parsed = ParsedCheckpointTinkerPath.from_tinker_path(path)
+
+        def set_expiry() -> None:  # on the engine thread: no save of the same name is half-way
+            expires_at = _expiry(datetime.now(UTC), ttl_seconds)
+            write_expiry(self._store.checkpoint_folder(parsed), parsed.tinker_path, expires_at)
+
+        return self._core.call(set_expiry)
+
     def delete_checkpoint(self, path: str) -> Future[None]:
         parsed = ParsedCheckpointTinkerPath.from_tinker_path(path)
 
@@ -151,6 +168,10 @@ def add_sampler(core: Core, session_id: str, session: Session, record: SamplerRe
     core.samplers[sampler_id] = record
     session.samplers.add(sampler_id)
     return sampler_id
+
+
+def _expiry(now: datetime, ttl_seconds: int | None) -> datetime | None:
+    return None if ttl_seconds is None else now + timedelta(seconds=ttl_seconds)
 
 
 def _flags(lora: LoraConfig) -> tuple[bool, bool, bool]:

@@ -115,8 +115,11 @@ class Scheduler:
                 "a loss function runs inside the engine and cannot call MinT; compute outside and pass the numbers in"
             )
 
-    def submit(self, run_id: str | None, seq_id: int, job: Job) -> Future[Any]:
-        """Set the job running in its turn. Raises ClosedError after `close`, OperationError from the engine thread."""
+    def submit(self, run_id: str | None, seq_id: int | None, job: Job) -> Future[Any]:
+        """Set the job running in its turn; `seq_id` None is the run's next.
+
+        Raises ClosedError after `close`, OperationError from the engine thread.
+        """
         self.refuse_engine_thread()
         job.future.set_running_or_notify_cancel()  # from here on no waiter can cancel it
         with self._changed:
@@ -128,6 +131,8 @@ class Scheduler:
                 queue = self._queues.get(run_id)
                 if queue is None:
                     raise ClosedError(f"run {run_id} is not loaded; it was closed or unloaded")
+                if seq_id is None:
+                    seq_id = max(queue.jobs, default=queue.next_seq - 1) + 1
                 assert seq_id >= queue.next_seq and seq_id not in queue.jobs, f"seq_id {seq_id} was used before"
                 queue.jobs[seq_id] = (time.monotonic(), job)
             self._changed.notify()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from concurrent.futures import Future
 
 from mint.hub import PACKAGED_MODELS
-from mint.local.core import Core
+from mint.local.core import Core, Session
 from mint.local.futures import done, errors_in_future
 from mint.local.runs import RunStore
 from mint.local.sampling import SamplingOps
@@ -17,7 +17,10 @@ from mint.types import (
     CheckpointsListResponse,
     ForwardBackwardOutput,
     GetInfoResponse,
+    GetSamplerResponse,
     GetServerCapabilitiesResponse,
+    GetSessionResponse,
+    ListSessionsResponse,
     LoadWeightsResponse,
     OptimStepResponse,
     SampleResponse,
@@ -48,9 +51,25 @@ class LocalService:
         models = [SupportedModel(model_name=name, max_context_length=length) for name, length in contexts.items()]
         return done(GetServerCapabilitiesResponse(supported_models=models))
 
-    def create_session(self, user_metadata: dict[str, str]) -> Future[str]:
+    def create_session(self, user_metadata: dict[str, str], display_name: str | None = None) -> Future[str]:
         self._core.check_process()
-        return done(self._core.new_session(self._tenant))
+        return done(self._core.new_session(Session(self._tenant, user_metadata, display_name)))
+
+    @errors_in_future
+    def get_session(self, session_id: str) -> Future[GetSessionResponse]:
+        session = self._core.session(session_id, self._tenant)
+        return done(
+            GetSessionResponse(
+                training_run_ids=sorted(session.runs),
+                sampler_ids=sorted(session.samplers),
+                user_metadata=session.user_metadata,
+                display_name=session.display_name,
+            )
+        )
+
+    def list_sessions(self, limit: int, offset: int) -> Future[ListSessionsResponse]:
+        own = [key for key, session in reversed(list(self._core.sessions.items())) if session.tenant == self._tenant]
+        return done(ListSessionsResponse(sessions=own[offset : offset + limit]))
 
     def heartbeat(self, session_id: str) -> Future[None]:
         self._core.session(session_id, self._tenant)
@@ -75,36 +94,38 @@ class LocalService:
         return self._training.unload(run_id)
 
     @errors_in_future
-    def forward(self, run_id: str, seq_id: int, training_input: TrainingInput) -> Future[ForwardBackwardOutput]:
+    def forward(self, run_id: str, seq_id: int | None, training_input: TrainingInput) -> Future[ForwardBackwardOutput]:
         return self._training.run_pass(run_id, seq_id, training_input, "forward")
 
     @errors_in_future
     def forward_backward(
-        self, run_id: str, seq_id: int, training_input: TrainingInput
+        self, run_id: str, seq_id: int | None, training_input: TrainingInput
     ) -> Future[ForwardBackwardOutput]:
         return self._training.run_pass(run_id, seq_id, training_input, "forward_backward")
 
     @errors_in_future
     def forward_backward_custom(
-        self, run_id: str, seq_id: int, training_input: TrainingInput, loss: LossFromLogprobs
+        self, run_id: str, seq_id: int | None, training_input: TrainingInput, loss: LossFromLogprobs
     ) -> Future[ForwardBackwardOutput]:
         return self._training.run_custom(run_id, seq_id, training_input, loss)
 
     @errors_in_future
-    def optim_step(self, run_id: str, seq_id: int, params: AdamParams) -> Future[OptimStepResponse]:
+    def optim_step(self, run_id: str, seq_id: int | None, params: AdamParams) -> Future[OptimStepResponse]:
         return self._training.optim_step(run_id, seq_id, params)
 
     @errors_in_future
-    def save_weights(self, run_id: str, seq_id: int, spec: SaveSpec) -> Future[SaveWeightsResponse]:
+    def save_weights(self, run_id: str, seq_id: int | None, spec: SaveSpec) -> Future[SaveWeightsResponse]:
         return self._saving.save_weights(run_id, seq_id, spec)
 
     @errors_in_future
-    def load_weights(self, run_id: str, seq_id: int, path: str, *, optimizer: bool) -> Future[LoadWeightsResponse]:
+    def load_weights(
+        self, run_id: str, seq_id: int | None, path: str, *, optimizer: bool
+    ) -> Future[LoadWeightsResponse]:
         return self._saving.load_weights(run_id, seq_id, path, optimizer=optimizer)
 
     @errors_in_future
     def save_weights_for_sampler(
-        self, run_id: str, seq_id: int, spec: SaveSpec
+        self, run_id: str, seq_id: int | None, spec: SaveSpec
     ) -> Future[SaveWeightsForSamplerResponse]:
         return self._saving.save_weights_for_sampler(run_id, seq_id, spec)
 
@@ -114,6 +135,10 @@ class LocalService:
     ) -> Future[SamplingSession]:
         return self._sampling.create_session(session_id, base_model, model_path)
 
+    @errors_in_future
+    def get_sampler(self, sampling_session_id: str) -> Future[GetSamplerResponse]:
+        return self._sampling.get_sampler(sampling_session_id)
+
     def close_sampling_session(self, sampling_session_id: str) -> Future[None]:
         return self._sampling.close_session(sampling_session_id)
 
@@ -122,8 +147,8 @@ class LocalService:
         return self._sampling.sample(sampling_session_id, sample_input)
 
     @errors_in_future
-    def weights_info(self, path: str) -> Future[WeightsInfoResponse]:
-        return self._saving.weights_info(path)
+    def weights_info(self, path: str, *, optimizer: bool = False) -> Future[WeightsInfoResponse]:
+        return self._saving.weights_info(path, optimizer=optimizer)
 
     @errors_in_future
     def get_run(self, run_id: str) -> Future[TrainingRun]:
@@ -140,6 +165,10 @@ class LocalService:
     @errors_in_future
     def list_all_checkpoints(self, limit: int, offset: int) -> Future[CheckpointsListResponse]:
         return self._saving.list_all_checkpoints(limit, offset)
+
+    @errors_in_future
+    def set_checkpoint_ttl(self, path: str, ttl_seconds: int | None) -> Future[None]:
+        return self._saving.set_checkpoint_ttl(path, ttl_seconds)
 
     @errors_in_future
     def delete_checkpoint(self, path: str) -> Future[None]:

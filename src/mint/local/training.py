@@ -113,7 +113,7 @@ class TrainingOps:
         return self._core.release(unload)
 
     def run_pass(
-        self, run_id: str, seq_id: int, training_input: TrainingInput, mode: PassMode
+        self, run_id: str, seq_id: int | None, training_input: TrainingInput, mode: PassMode
     ) -> Future[ForwardBackwardOutput]:
         run = self.loaded(run_id)
 
@@ -124,7 +124,7 @@ class TrainingOps:
         return self._core.scheduler.submit(run_id, seq_id, job)
 
     def run_custom(
-        self, run_id: str, seq_id: int, training_input: TrainingInput, loss: LossFromLogprobs
+        self, run_id: str, seq_id: int | None, training_input: TrainingInput, loss: LossFromLogprobs
     ) -> Future[ForwardBackwardOutput]:
         run = self.loaded(run_id)
 
@@ -144,7 +144,7 @@ class TrainingOps:
         outputs = [{"logprobs": TensorData(array)} for array in result.logprobs]
         return ForwardBackwardOutput(loss_fn_output_type="ArrayRecord", loss_fn_outputs=outputs, metrics=result.metrics)
 
-    def optim_step(self, run_id: str, seq_id: int, params: AdamParams) -> Future[OptimStepResponse]:
+    def optim_step(self, run_id: str, seq_id: int | None, params: AdamParams) -> Future[OptimStepResponse]:
         run = self.loaded(run_id)
 
         def step() -> OptimStepResponse:

@@ -1,4 +1,4 @@
-"""Names and records of runs and checkpoints. Source: Tinker protocol, paths and management types. No torch, no files."""
+"""Names and records of sessions, runs and checkpoints. Source: Tinker protocol, paths and management types. No torch."""
 
 from __future__ import annotations
 
@@ -108,6 +108,31 @@ class CheckpointsListResponse(BaseModel):
 
     checkpoints: list[Checkpoint]
     cursor: Cursor | None = None
+
+
+class GetSessionResponse(BaseModel):
+    model_config = ConfigDict(frozen=True)
+
+    training_run_ids: list[str]
+    sampler_ids: list[str]
+    user_metadata: dict[str, str] | None = None
+    display_name: str | None = None
+
+
+class ListSessionsResponse(BaseModel):
+    model_config = ConfigDict(frozen=True)
+
+    sessions: list[str]
+
+
+class GetSamplerResponse(BaseModel):
+    """What a sampling client samples from; `model_path` None: a base model or an unlisted snapshot."""
+
+    model_config = ConfigDict(frozen=True, protected_namespaces=())
+
+    sampler_id: str
+    base_model: str
+    model_path: str | None = None
 
 
 class WeightsInfoResponse(BaseModel):

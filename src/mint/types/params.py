@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from mint.errors import InputError
-from mint.types.refusal import refuses_with_input_error
+from mint.types.refusal import WholeNumber, refuses_with_input_error
 
 LORA_ALPHA = 32  # fixed by the protocol's service; scale = alpha / rank
 MAX_RANK = 1024
@@ -22,8 +22,8 @@ class LoraConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    rank: int
-    seed: int | None = None
+    rank: WholeNumber
+    seed: WholeNumber | None = None
     train_unembed: bool = True
     train_mlp: bool = True
     train_attn: bool = True
@@ -73,11 +73,11 @@ class SamplingParams(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    max_tokens: int | None = None
-    seed: int | None = None
+    max_tokens: WholeNumber | None = None
+    seed: WholeNumber | None = None
     stop: str | list[str] | list[int] | None = None
     temperature: Finite = 1.0
-    top_k: int = -1
+    top_k: WholeNumber = -1
     top_p: Finite = 1.0
     stop_token_ids: list[int] | None = None
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, BeforeValidator, ValidationError, ValidationInfo
 
 from mint.errors import InputError, MintError
 
@@ -26,6 +27,23 @@ def refuses_with_input_error(cls: T) -> T:
 
     setattr(cls, "__init__", init)  # noqa: B010  # a class's own method may be replaced, an instance's not
     return cls
+
+
+def whole_number(value: object, name: str = "") -> int:
+    """A Python, numpy or torch integer as int; InputError on anything else, booleans and numbers in quotes included."""
+    try:
+        if not isinstance(value, bool):
+            return operator.index(value)  # type: ignore[arg-type]  # whatever has no __index__ is refused below
+    except TypeError:
+        pass
+    raise InputError(f"{name}={value!r}: expected a whole number")
+
+
+def _whole_number_field(value: object, info: ValidationInfo) -> int | None:
+    return None if value is None else whole_number(value, info.field_name or "")
+
+
+WholeNumber = Annotated[int, BeforeValidator(_whole_number_field)]
 
 
 def _as_own_error(name: str, error: ValidationError) -> MintError:

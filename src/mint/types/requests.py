@@ -18,11 +18,13 @@ from mint.errors import InputError, UnsupportedError
 from mint.losses import LOSSES
 from mint.types.inputs import Datum, ModelInput
 from mint.types.params import SamplingParams
+from mint.types.refusal import whole_number
 
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float32]
 
 MAX_SAMPLES = 1024
+MAX_TOPK = 100
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -174,14 +176,21 @@ def prepare_sample_input(
         raise InputError(f"sampling_params: expected types.SamplingParams, got {type(params).__name__}")
     if prompt.length == 0:
         raise InputError("prompt: it is empty; sampling needs at least one token")
-    if not isinstance(num_samples, int) or isinstance(num_samples, bool) or not 1 <= num_samples <= MAX_SAMPLES:
-        raise InputError(f"num_samples={num_samples!r}: must be a whole number in 1..{MAX_SAMPLES}")
-    for name, value in (("topk_prompt_logprobs", num_prompt_topk), ("topk_sample_logprobs", num_sample_topk)):
-        if not isinstance(value, int) or not 0 <= value <= 100:
-            raise InputError(f"{name}={value!r}: must be a whole number in 0..100")
     return SampleInput(
-        tuple(prompt.to_ints()), num_samples, params, bool(prompt_logprobs), num_prompt_topk, num_sample_topk
+        tuple(prompt.to_ints()),
+        _whole_within("num_samples", num_samples, 1, MAX_SAMPLES),
+        params,
+        bool(prompt_logprobs),
+        _whole_within("topk_prompt_logprobs", num_prompt_topk, 0, MAX_TOPK),
+        _whole_within("topk_sample_logprobs", num_sample_topk, 0, MAX_TOPK),
     )
+
+
+def _whole_within(name: str, value: object, low: int, high: int) -> int:
+    number = whole_number(value, name)
+    if not low <= number <= high:
+        raise InputError(f"{name}={value!r}: must be a whole number in {low}..{high}")
+    return number
 
 
 def refuse(option: str, value: object) -> None:
@@ -190,13 +199,21 @@ def refuse(option: str, value: object) -> None:
         raise UnsupportedError(f"{option}={value!r} is not supported; leave it out")
 
 
+def server_only(call: str, instead: str) -> UnsupportedError:
+    """For calls of the SDK's surface that make no sense inside one process."""
+    return UnsupportedError(f"{call} needs a server, and MinT runs inside this process; {instead}")
+
+
 def check_ttl(ttl_seconds: int | None) -> int | None:
     """One hour to ten years, or None for good."""
-    if ttl_seconds is not None and not (isinstance(ttl_seconds, int) and 3600 <= ttl_seconds <= 10 * 365 * 86_400):
+    if ttl_seconds is None:
+        return None
+    seconds = whole_number(ttl_seconds, "ttl_seconds")
+    if not 3600 <= seconds <= 10 * 365 * 86_400:
         raise InputError(
             f"ttl_seconds={ttl_seconds!r}: must be None (keep) or a whole number from 3600 (an hour) to ten years"
         )
-    return ttl_seconds
+    return seconds
 
 
 def check_user_metadata(metadata: Any) -> dict[str, str]:

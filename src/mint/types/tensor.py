@@ -27,6 +27,8 @@ def as_numpy(values: object, name: str = "value") -> npt.NDArray[Any]:
     detach = getattr(values, "detach", None)
     if detach is not None:  # a torch tensor, recognised without importing torch
         tensor = detach().cpu()
+        if str(tensor.layout) != "torch.strided":
+            tensor = tensor.to_dense()
         values = tensor.float().numpy() if tensor.dtype.is_floating_point else tensor.numpy()
     if isinstance(values, (str, bytes, dict, set)) or not isinstance(values, (np.ndarray, np.generic, Sequence)):
         raise InputError(
@@ -186,5 +188,8 @@ def _dense_from_csr(
             f"TensorData: the CSR indices do not describe a {rows} x {cols} matrix of {len(values)} values"
         )
     dense = np.zeros((rows, cols), values.dtype)
-    dense[np.repeat(np.arange(rows), np.diff(crow)), col] = values
+    row = np.repeat(np.arange(rows), np.diff(crow))
+    if len(np.unique(row * cols + col)) != len(col):
+        raise InputError("TensorData: the CSR indices name a place of the matrix twice")
+    dense[row, col] = values
     return dense

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from pydantic import BaseModel
 
 from mint.types import AdamParams, LoraConfig, SamplingParams
@@ -65,7 +67,12 @@ BIT64 = "a seed is a 64-bit whole number"
         (LoraConfig, {}, "rank: Field required"),
         (LoraConfig, {"rank": 0}, "rank=0: a LoRA rank lies in 1..1024; 8 to 64 are usual"),
         (LoraConfig, {"rank": 1025}, "rank=1025: a LoRA rank lies in 1..1024"),
-        (LoraConfig, {"rank": 2.5}, "rank: Input should be a valid integer"),
+        (LoraConfig, {"rank": 2.5}, "rank=2.5: expected a whole number"),
+        (LoraConfig, {"rank": "8"}, "rank='8': expected a whole number"),
+        (LoraConfig, {"rank": True}, "rank=True: expected a whole number"),
+        (LoraConfig, {"rank": 1, "seed": 1.0}, "seed=1.0: expected a whole number"),
+        (SamplingParams, {"max_tokens": "9"}, "max_tokens='9': expected a whole number"),
+        (SamplingParams, {"top_k": 1.5}, "top_k=1.5: expected a whole number"),
         (LoraConfig, {"rank": 1, "seed": 2**64}, f"seed={2**64}: {BIT64}"),
         (LoraConfig, {"rank": 1, "seed": -(2**63) - 1}, BIT64),
         (
@@ -104,6 +111,12 @@ BIT64 = "a seed is a 64-bit whole number"
 def test_values_that_make_no_sense_are_refused_by_name(kind: type[BaseModel], given: dict[str, Any], text: str) -> None:
     with pytest.raises(ValueError, match=text):
         kind(**given)
+
+
+def test_whole_numbers_of_numpy_and_torch_are_taken() -> None:
+    made = LoraConfig(rank=np.int64(8), seed=torch.tensor(3))  # type: ignore[arg-type]
+    assert (made.rank, made.seed) == (8, 3) and type(made.rank) is type(made.seed) is int
+    assert SamplingParams(max_tokens=np.int32(5), top_k=np.int64(2), seed=None).max_tokens == 5
 
 
 @pytest.mark.parametrize(

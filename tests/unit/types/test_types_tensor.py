@@ -190,6 +190,7 @@ WRONG_CSR = "the CSR indices do not describe a 2 x 3 matrix of 2 values"
         ([2, 3], [0, 1, 2], [0, 3], WRONG_CSR),
         ([2, 3], [0, 1, 2], [-1, 1], WRONG_CSR),
         ([2, 3], [0, 1, 2], [0], WRONG_CSR),
+        ([2, 3], [0, 2, 2], [1, 1], "the CSR indices name a place of the matrix twice"),
         ([-2, 3], [0, 1, 2], [0, 1], "the CSR indices do not describe a -2 x 3 matrix"),
     ],
 )
