@@ -19,10 +19,11 @@ from mint.chat.datums import (
 )
 from mint.chat.messages import Message, check_messages, skip_reason
 from mint.chat.renderer import Renderer, Response, get_renderer
-from mint.chat.report import ConversionReport, convert_conversations
+from mint.chat.report import ConversionReport, Converter, convert_conversations
 
 __all__ = [
     "ConversionReport",
+    "Converter",
     "Message",
     "OnOverlong",
     "Renderer",

@@ -1,4 +1,4 @@
-"""`convert_conversations`: many conversations to datums, with an account of everything that was left out or added."""
+"""Many conversations to datums, at once or row by row, with an account of everything that was left out or added."""
 
 from __future__ import annotations
 
@@ -108,25 +108,48 @@ def convert_conversations(
     rows: message lists. A row that cannot be used is skipped and counted by reason; whether too many are, is the
     caller's decision (`report.skipped_fraction`). Only with on_overlong="error" an overlong row raises DataError.
     """
-    renderer, rules = as_renderer(tokenizer), Rules(max_length, train_on, on_overlong)
-    report, datums, seen = ConversionReport(), list[types.Datum](), set[bytes]()
-    for number, row in enumerate(rows):
+    converter = Converter(tokenizer, max_length, train_on, on_overlong=on_overlong)
+    datums = [datum for number, row in enumerate(rows) for datum in converter(number, row)]
+    return datums, converter.report
+
+
+class Converter:
+    """As `convert_conversations`, row by row: `converter(number, row)` gives the datums of a row, none where it cannot be
+    used. `report` counts a row once, however often it comes."""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer | Renderer,
+        max_length: int,
+        train_on: TrainOn = "all_assistant",
+        *,
+        on_overlong: OnOverlong = "drop",
+    ) -> None:
+        self.report = ConversionReport()
+        self._renderer, self._rules = as_renderer(tokenizer), Rules(max_length, train_on, on_overlong)
+        self._numbers: set[int] = set()
+        self._digests: set[bytes] = set()
+
+    def __call__(self, number: int, row: Any) -> list[types.Datum]:
+        """Raises DataError for an overlong row, and only with on_overlong="error"."""
+        report = ConversionReport() if number in self._numbers else self.report
+        self._numbers.add(number)
         report.rows += 1
         try:
             messages = check_messages(row)
-            digest = _digest(messages)
-            report.duplicate_rows += digest in seen
-            seen.add(digest)
-            conversion = convert(messages, renderer, rules)
+            if report is self.report:
+                digest = _digest(messages)
+                report.duplicate_rows += digest in self._digests
+                self._digests.add(digest)
+            conversion = convert(messages, self._renderer, self._rules)
         except DataError as error:
-            if on_overlong == "error" and skip_reason(error) == "overlong":
+            if self._rules.on_overlong == "error" and skip_reason(error) == "overlong":
                 raise DataError(f"{error} (row {number})") from None
             report.skip(number, error)
-            continue
+            return []
         made = [to_datum(example) for example in conversion.examples]
         report.add(conversion, made)
-        datums += made
-    return datums, report
+        return made
 
 
 def _digest(messages: tuple[Message, ...]) -> bytes:

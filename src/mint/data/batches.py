@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Generic, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 
-from mint.errors import InputError
+from mint.errors import DataError, InputError
 
 T = TypeVar("T")
+U = TypeVar("U")
 
 
 @dataclass(frozen=True, slots=True)
 class Cursor:
-    """The next batch is number `batch` of epoch `epoch`. Stored in a checkpoint as JSON text."""
+    """The next row to look at is number `position` in the order of epoch `epoch`. In a checkpoint it is JSON text."""
 
     epoch: int = 0
-    batch: int = 0
+    position: int = 0
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -32,29 +34,71 @@ class Cursor:
             raise InputError(f"data cursor {text!r}: expected JSON such as {Cursor(0, 3).to_json()!r}") from None
 
 
-class Batches(Generic[T]):
-    """Endless batches of `rows`, every epoch in an order of its own that depends on (seed, epoch) alone.
+class Batches(Generic[T, U]):
+    """Endless batches of `batch_size` rows each, every epoch in an order of its own that (seed, epoch) alone decides.
 
-    A batch never holds a row twice: rows that do not fill a last batch sit the epoch out (`left_out` of them, others
-    each time). Raises InputError where there are fewer rows than a batch takes.
+    `prepare(number, row)` makes what a row contributes to its batch, when its turn comes: a list, empty where the row
+    cannot be used; the next row takes its place. `next(batches)` is one flat list. A batch holds no row twice: rows that
+    do not fill the last batch of an epoch sit it out, others each time.
+
+    Raises InputError where there are fewer rows than a batch takes, DataError where a whole epoch does not fill a batch.
     """
 
-    def __init__(self, rows: Sequence[T], batch_size: int, seed: int = 0, cursor: Cursor | None = None) -> None:
+    def __init__(
+        self,
+        rows: Sequence[T],
+        batch_size: int,
+        seed: int = 0,
+        cursor: Cursor | None = None,
+        *,
+        prepare: Callable[[int, T], list[U]],
+    ) -> None:
         if not 1 <= batch_size <= len(rows):
             raise InputError(f"batch_size={batch_size}: must lie in 1..{len(rows)}, the number of rows")
-        self._rows, self._batch_size, self._seed = rows, batch_size, seed
-        self.batches_per_epoch = len(rows) // batch_size
-        self.left_out = len(rows) % batch_size
+        self._rows, self._batch_size, self._seed, self._prepare = rows, batch_size, seed, prepare
+        self._order: tuple[int, npt.NDArray[np.int64]] | None = None
         self.cursor = cursor or Cursor()
 
-    def __iter__(self) -> Iterator[list[T]]:
+    @property
+    def batches_per_epoch(self) -> int:
+        """Where every row can be used."""
+        return len(self._rows) // self._batch_size
+
+    def __iter__(self) -> Iterator[list[U]]:
         return self
 
-    def __next__(self) -> list[T]:
-        epoch, batch = self.cursor.epoch, self.cursor.batch
-        key = np.array([self._seed % 2**64, epoch], np.uint64)
-        order = np.random.Generator(np.random.Philox(key=key)).permutation(len(self._rows))
-        chosen = order[batch * self._batch_size : (batch + 1) * self._batch_size]
-        last = batch + 1 == self.batches_per_epoch
-        self.cursor = Cursor(epoch + 1, 0) if last else Cursor(epoch, batch + 1)
-        return [self._rows[i] for i in chosen]
+    def __next__(self) -> list[U]:
+        cursor = self.cursor
+        if cursor.position + self._batch_size > len(self._rows):
+            cursor = Cursor(cursor.epoch + 1, 0)
+        whole_epochs = 0
+        while whole_epochs < 2:  # the first may have begun in its middle
+            batch, cursor = self._take(cursor)
+            if batch is not None:
+                self.cursor = cursor
+                return batch
+            whole_epochs += 1
+        raise DataError(
+            f"fewer than batch_size={self._batch_size} of the {len(self._rows)} rows can be used; see the report for "
+            "the reasons, and lower the batch size or mend the data"
+        )
+
+    def _take(self, cursor: Cursor) -> tuple[list[U] | None, Cursor]:
+        """The batch that begins at `cursor` and where the next one does; None where the epoch ends before it is full."""
+        order = self._epoch_order(cursor.epoch)
+        batch: list[U] = []
+        found = 0
+        for position in range(cursor.position, len(order)):
+            number = int(order[position])
+            made = self._prepare(number, self._rows[number])
+            batch += made
+            found += bool(made)
+            if found == self._batch_size:
+                return batch, Cursor(cursor.epoch, position + 1)
+        return None, Cursor(cursor.epoch + 1, 0)
+
+    def _epoch_order(self, epoch: int) -> npt.NDArray[np.int64]:
+        if self._order is None or self._order[0] != epoch:
+            key = np.array([self._seed % 2**64, epoch], np.uint64)
+            self._order = epoch, np.random.Generator(np.random.Philox(key=key)).permutation(len(self._rows))
+        return self._order[1]

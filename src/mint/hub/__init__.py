@@ -1,4 +1,4 @@
-"""Where base models and tokenizers come from: a local folder, the Hugging Face hub and its cache, a Python package.
+"""Where base models, tokenizers and data sets come from: a local folder, the Hugging Face hub and its cache, a Python package.
 
     source = resolve_model("SmolLM2-135M-Instruct")
     tokenizer = load_tokenizer(source)
@@ -7,8 +7,9 @@ Weights are only ever read from *.safetensors (and from the GGUF file of a packa
 Importing this loads none of huggingface_hub, transformers or gguf.
 """
 
+from mint.hub.hub_datasets import dataset_files
 from mint.hub.package_files import PACKAGED_MODELS, PackagedModel
 from mint.hub.resolve import load_tokenizer, resolve_model
 from mint.hub.source import ModelSource
 
-__all__ = ["PACKAGED_MODELS", "ModelSource", "PackagedModel", "load_tokenizer", "resolve_model"]
+__all__ = ["PACKAGED_MODELS", "ModelSource", "PackagedModel", "dataset_files", "load_tokenizer", "resolve_model"]

@@ -14,9 +14,9 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Literal, TypeVar
 
-from mint.errors import HubUnreachableError, MintError, ModelAccessError, ModelNotFoundError
+from mint.errors import DataError, HubUnreachableError, MintError, ModelAccessError, ModelNotFoundError
 from mint.hub.folders import CONFIG, has_tokenizer, missing_model_files, pickled_weights, require_model_folder
 from mint.hub.source import ModelSource
 
@@ -34,6 +34,12 @@ UNWANTED = ["*/*", "consolidated*"]
 # trying the addresses of a host one after another counts towards the first number.
 REQUEST_SECONDS = 4.0
 ANSWER_SECONDS = 8.0
+
+WITHOUT_HUB = {
+    "model": "give a local folder that holds config.json, *.safetensors and the tokenizer; or use the packaged model "
+    "'SmolLM2-135M-Instruct', which needs no hub",
+    "dataset": "give a JSON Lines file with 'messages' a line; or use the data set 'packaged', which needs no hub",
+}
 
 # A branch, a tag, a commit or refs/pr/N: parts that begin with a letter, digit or _, joined by single slashes.
 REVISION = re.compile(r"\w[\w.+-]*(?:/\w[\w.+-]*)*", re.ASCII)
@@ -98,12 +104,12 @@ def _ask_hub(name: str, repo: str, revision: str | None) -> ModelInfo:
         )
 
     try:
-        return _within(ANSWER_SECONDS, ask)
-    except (_http_error(), OfflineModeIsEnabled, TimeoutError, ValueError) as error:  # ValueError: not JSON, not a hub
-        raise _explained(error, name, repo, revision) from error
+        return within(ANSWER_SECONDS, ask)
+    except (http_error(), OfflineModeIsEnabled, TimeoutError, ValueError) as error:  # ValueError: not JSON, not a hub
+        raise explained(error, name, repo, revision) from error
 
 
-def _within(seconds: float, question: Callable[[], T]) -> T:
+def within(seconds: float, question: Callable[[], T]) -> T:
     """The answer to `question`, or TimeoutError. A thread, because the look-up of a host name cannot be interrupted."""
     answer: Future[T] = Future()
 
@@ -155,12 +161,12 @@ def _download(name: str, repo: str, revision: str | None) -> Path:
         found = snapshot_download(
             repo, revision=revision, library_name="mint", allow_patterns=WANTED, ignore_patterns=UNWANTED
         )
-    except (_http_error(), LocalEntryNotFoundError) as error:
-        raise _explained(error, name, repo, revision) from error
+    except (http_error(), LocalEntryNotFoundError) as error:
+        raise explained(error, name, repo, revision) from error
     return Path(found)
 
 
-def _http_error() -> type[Exception]:
+def http_error() -> type[Exception]:
     """The common base of all errors of the hub client's HTTP library, whichever library its version uses."""
     from huggingface_hub import errors
 
@@ -168,15 +174,17 @@ def _http_error() -> type[Exception]:
     return base
 
 
-def _explained(error: Exception, name: str, repo: str, revision: str | None) -> MintError:
+def explained(
+    error: Exception, name: str, repo: str, revision: str | None, kind: Literal["model", "dataset"] = "model"
+) -> MintError:
     """Our error for one of the hub client's."""
     from huggingface_hub import constants, errors
 
-    page = f"{constants.ENDPOINT}/{repo}"
+    page = f"{constants.ENDPOINT}/{'datasets/' if kind == 'dataset' else ''}{repo}"
     status = error.response.status_code if isinstance(error, errors.HfHubHTTPError) else None
     unknown = isinstance(error, errors.RepositoryNotFoundError) and not isinstance(error, errors.GatedRepoError)
     if isinstance(error, errors.DisabledRepoError):
-        return ModelAccessError(f"{name} has been disabled on the hub ({page}); choose another model")
+        return ModelAccessError(f"{name} has been disabled on the hub ({page}); choose another {kind}")
     if isinstance(error, errors.GatedRepoError) or (status in (401, 403) and not unknown):
         return ModelAccessError(
             f"the hub does not hand out {name} (HTTP {status}): it is gated or private. Accept its licence at {page}, "
@@ -184,20 +192,20 @@ def _explained(error: Exception, name: str, repo: str, revision: str | None) -> 
             f"The hub says: {_words(error)}"
         )
     if unknown:
-        return ModelNotFoundError(
-            f"the hub shows no model {repo} (HTTP {status}): either there is none of that name (check owner, spelling "
+        return (DataError if kind == "dataset" else ModelNotFoundError)(
+            f"the hub shows no {kind} {repo} (HTTP {status}): either there is none of that name (check owner, spelling "
             f"and capitals at {page}), or it is private and needs `hf auth login` or HF_TOKEN. "
-            f"For a folder on this machine write ./{repo}"
+            f"For something on this machine write ./{repo}"
         )
     if isinstance(error, errors.RevisionNotFoundError):
         return ModelNotFoundError(
             f"{repo} is on the hub but has no revision {revision or 'main'!r}; "
             f"its branches, tags and commits are listed at {page}/tree/main"
         )
-    return HubUnreachableError(_no_hub_message(error, name, status))
+    return HubUnreachableError(_no_hub_message(error, name, status, kind))
 
 
-def _no_hub_message(error: Exception, name: str, status: int | None) -> str:
+def _no_hub_message(error: Exception, name: str, status: int | None, kind: str) -> str:
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
@@ -208,9 +216,8 @@ def _no_hub_message(error: Exception, name: str, status: int | None) -> str:
         reason = f"the hub at {constants.ENDPOINT} does not answer ({_words(error)})"
     return (
         f"{name} is not (completely) in the Hugging Face cache {constants.HF_HUB_CACHE}, and {reason}. Either: check "
-        "the network and proxy settings; or set HF_ENDPOINT to a mirror you can reach; or give a local folder that "
-        "holds config.json, *.safetensors and the tokenizer; or use the packaged model 'SmolLM2-135M-Instruct', which "
-        "needs no hub. Files that arrived whole before an interruption are kept"
+        f"the network and proxy settings; or set HF_ENDPOINT to a mirror you can reach; or {WITHOUT_HUB[kind]}. "
+        "Files that arrived whole before an interruption are kept"
     )
 
 

@@ -18,7 +18,7 @@ import pytest
 from tests.support.fakehub import FakeHub, child_env, commit_of
 from tests.support.tiny_models import write_tiny_tokenizer
 
-from mint.hub.hub_cache import _within
+from mint.hub.hub_cache import within
 
 PRELUDE = """
 import json, logging, os, sys, time
@@ -264,7 +264,7 @@ def test_an_unknown_model_is_not_found_and_perhaps_private(online: dict[str, Any
     text = text_of(online, label, "ModelNotFoundError")
     assert text.startswith(f"the hub shows no model tiny/unknown (HTTP {status}): either there is none of that name")
     assert "or it is private and needs `hf auth login` or HF_TOKEN" in text
-    assert "For a folder on this machine write ./tiny/unknown" in text
+    assert "For something on this machine write ./tiny/unknown" in text
 
 
 @pytest.mark.parametrize("label", ["locked", "locked, wrong token"])
@@ -356,9 +356,9 @@ def test_the_reason_why_the_hub_is_not_used_is_given(without_hub: dict[str, Any]
 
 def test_a_question_that_hangs_is_given_up_at_the_deadline() -> None:
     with pytest.raises(TimeoutError, match=r"no answer within 0\.05 s"):
-        _within(0.05, lambda: time.sleep(1))
+        within(0.05, lambda: time.sleep(1))
 
 
 def test_an_error_in_the_asking_thread_reaches_the_caller() -> None:
     with pytest.raises(ZeroDivisionError):
-        _within(5, lambda: 1 // 0)
+        within(5, lambda: 1 // 0)
