@@ -18,7 +18,7 @@ $(STAMP): pyproject.toml constraints.txt
 
 # fine-tune SmolLM2-135M-Instruct on the packaged chat set; the model comes from a Python package, no hub is asked
 sft: $(STAMP)
-	$(BIN)/mint sft $(SFT_ARGS)
+	$(BIN)/mint sft --offline $(SFT_ARGS)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest

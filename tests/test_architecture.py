@@ -49,6 +49,7 @@ HOMES = {
 # Path -> why it may be longer than MAX_MODULE lines; "path::function" -> why longer than MAX_FUNCTION.
 OVERSIZE = {
     "recipes/chat_sft.py::chat_sft": "a recipe is one flat function that a reader follows from top to bottom",
+    "cli/sft.py::sft": "a command's parameters are its options, and this one has many",
 }
 MAX_MODULE, MAX_FUNCTION = 400, 60
 

@@ -87,7 +87,8 @@ def _packaged() -> ChatSet:
 
 def _no_robots() -> ChatSet:
     files = dataset_files(NO_ROBOTS, {"train": "data/train-*.parquet", "test": "data/test-*.parquet"})
-    return ChatSet("no_robots", *(ArrowRows(_table(NO_ROBOTS, files[split])) for split in ("train", "test")))
+    train, test = (ArrowRows(_table(NO_ROBOTS, files[split])) for split in ("train", "test"))
+    return ChatSet("no_robots", train, test)
 
 
 def _tulu3() -> ChatSet:

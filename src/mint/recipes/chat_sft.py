@@ -1,21 +1,31 @@
-"""Chat supervised fine-tuning, start to finish, on the public API only. One flat function; read it top to bottom."""
+"""Chat supervised fine-tuning, start to finish, on the public API only. `chat_sft` is one flat function: read it top down.
+
+Losses are NLL in nats per trained token. metrics.jsonl has two kinds of rows. A training step: `step` (how many were done
+with it), `loss` (of its batch), `learning_rate`, `grad_norm`, `tokens`, `seconds`. An evaluation: `step` (done before it)
+and `test_nll`.
+"""
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 import mint
 from mint import types
-from mint.chat import Renderer, TrainOn, convert_conversations, get_renderer
-from mint.data import Batches, Cursor
+from mint.chat import Converter, Renderer, TrainOn, get_renderer
+from mint.data import Batches, ChatSet, Conversation, Cursor, load_chat_set
+from mint.errors import DataError, InputError
+from mint.recipes.interrupt import StopOnCtrlC
+from mint.recipes.plots import plot_losses
+from mint.recipes.progress import TrainingProgress
+from mint.recipes.run_folder import PLOT, RunFolder
+from mint.recipes.schedule import Schedule, learning_rate_at
 
 PROMPTS = (
     "How do I keep basil alive on a windowsill?",
@@ -26,31 +36,228 @@ PROMPTS = (
 
 @dataclass(frozen=True, slots=True)
 class ChatSftConfig:
-    """num_steps of batch_size conversations; learning_rate is constant; losses are token means."""
+    """What to train, on what, and how. A step is `batch_size` conversations.
 
-    base_model: str = "SmolLM2-135M-Instruct"
-    num_steps: int = 30
-    batch_size: int = 8
-    learning_rate: float = 5e-4
+    dataset: a name or file of `mint.data.load_chat_set`; test_file: rows to evaluate on, for files.
+    train_on: None is what the data set is usually trained on. schedule, warmup_steps: see `learning_rate_at`.
+    max_length: tokens of a conversation; an answer that does not fit is left out and counted.
+    eval_size: test rows of every evaluation, always the same ones. eval_every, save_every: steps between two; 0: only
+    at the end (and, for evaluations, the beginning).
+    check_resume: after saving, take one step more twice, with the run and with one resumed from the checkpoint, and
+    compare the bits.
+    """
+
+    base_model: str = "Qwen/Qwen3-0.6B"
+    dataset: str = "no_robots"
+    test_file: str | None = None
+    num_steps: int = 50
+    batch_size: int = 4
+    learning_rate: float = 1e-4
+    schedule: Schedule = "constant"
+    warmup_steps: int = 0
     rank: int = 16
-    max_length: int = 1024
-    train_on: TrainOn = "all_assistant"
+    train_mlp: bool = True
+    train_attn: bool = True
+    train_unembed: bool = True
+    max_length: int = 2048
+    train_on: TrainOn | None = None
+    eval_size: int = 32
+    eval_every: int = 0
+    save_every: int = 50
     seed: int = 0
+    prompts: tuple[str, ...] = PROMPTS
     sample_tokens: int = 120
-    out: Path = Path("out/sft")
+    check_resume: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("num_steps", "batch_size", "eval_size"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name}={getattr(self, name)}: must be at least 1")
+        for name in ("eval_every", "save_every"):
+            if getattr(self, name) < 0:
+                raise InputError(f"{name}={getattr(self, name)}: must be 0 (never in between) or a number of steps")
+        learning_rate_at(0, self.num_steps, self.learning_rate, self.schedule, self.warmup_steps)
+
+    @classmethod
+    def from_json(cls, found: dict[str, Any]) -> ChatSftConfig:
+        """Of a run folder's config.json."""
+        unknown = found.keys() - {field.name for field in fields(cls)}
+        if unknown:
+            raise InputError(f"config.json: unknown options {', '.join(sorted(unknown))}; was another MinT here?")
+        return cls(**{**found, "prompts": tuple(found.get("prompts", PROMPTS))})
 
 
 @dataclass(frozen=True, slots=True)
-class ChatSftResult:
-    """NLL in nats per trained token; `resumed_exactly`: one step from the checkpoint had the bits of one step without."""
+class Prepared:
+    """What training and a dry run begin with."""
 
-    first_train_loss: float
-    last_train_loss: float
-    test_nll_before: float
-    test_nll_after: float
-    checkpoint: str
-    resumed_exactly: bool
-    tokens_per_second: float
+    chats: ChatSet
+    renderer: Renderer
+    converter: Converter
+    test_datums: list[types.Datum]
+
+
+def chat_sft(
+    config: ChatSftConfig, out: Path, console: Console | None = None, *, resume: bool = False
+) -> dict[str, Any]:
+    """Fine-tune, evaluate, plot, sample and save; results go to the folder `out`, and the summary is returned.
+
+    resume: go on from the last checkpoint of the run in `out`, with its cursor, to `config.num_steps` in all.
+    Ctrl-C during training ends it after the step in progress; everything is saved and the summary's status is
+    "interrupted". A second Ctrl-C is a KeyboardInterrupt.
+    """
+    console, folder = console or Console(), RunFolder(out)
+    if resume:
+        summary = folder.read_summary()
+        done = int(summary["step"])
+        if config.num_steps <= done:
+            raise InputError(f"{out}: {done} steps are done; to go on, ask for more than that (--steps)")
+    elif folder.is_used:
+        folder.create({})  # says that it is
+    else:
+        summary, done = {}, 0
+
+    # the run and its data; a new folder is made once both are there
+    chats = load_chat_set(config.dataset, test=config.test_file, seed=config.seed)
+    console.print(f"data: {chats.name}, {len(chats.train):,} conversations to train on, {len(chats.test):,} held out")
+    service = mint.ServiceClient()
+    if resume:
+        client = service.create_training_client_from_state_with_optimizer(summary["checkpoint"])
+        metrics = folder.forget_metrics_after(done)
+    else:
+        client = create_run(service, config)
+        folder.create(asdict(config))
+        metrics = []
+    prepared = prepare(config, chats, client, console)
+    renderer, test_datums = prepared.renderer, prepared.test_datums
+
+    # before
+    if resume:
+        cursor = saved_cursor(service, summary["checkpoint"])
+    else:
+        cursor = Cursor()
+        nll = evaluate(client, test_datums)
+        base = service.create_sampling_client(base_model=config.base_model)
+        answers = sample_answers(base, renderer, config)
+        summary = {
+            "status": "training",
+            "base_model": config.base_model,
+            "dataset": config.dataset,
+            "test_rows": min(config.eval_size, len(chats.test)),
+            "test_nll_before": nll,
+            "samples": [{"prompt": p, "before": a, "after": ""} for p, a in zip(config.prompts, answers, strict=True)],
+        }
+        metrics.append({"step": 0, "test_nll": nll})
+        folder.append_metrics(metrics[-1])
+    console.print(f"test NLL before: {summary['test_nll_before']:.4f}")
+
+    # train
+    batches = Batches(chats.train, config.batch_size, config.seed, cursor, prepare=prepared.converter)
+    step = done
+    with TrainingProgress(console, config.num_steps, done) as progress, StopOnCtrlC(console) as stop:
+        while step < config.num_steps and not stop.requested:
+            started = time.perf_counter()
+            batch = next(batches)
+            rate = learning_rate_at(step, config.num_steps, config.learning_rate, config.schedule, config.warmup_steps)
+            gradient = client.forward_backward(batch, "cross_entropy")
+            update = client.optim_step(types.AdamParams(learning_rate=rate))
+            loss = token_mean_nll(gradient.result(), batch)
+            optimizer = update.result().metrics or {}
+            step += 1
+            metrics.append({
+                "step": step, "loss": loss, "learning_rate": rate, "grad_norm": optimizer["grad_norm"],
+                "tokens": sum(datum.model_input.length for datum in batch), "seconds": time.perf_counter() - started,
+            })  # fmt: skip
+            folder.append_metrics(metrics[-1])
+            progress.step_done(metrics[-1])
+            last = step == config.num_steps
+            if last or (config.eval_every and step % config.eval_every == 0):
+                metrics.append({"step": step, "test_nll": evaluate(client, test_datums)})
+                folder.append_metrics(metrics[-1])
+                progress.evaluated(metrics[-1])
+            if config.save_every and step % config.save_every == 0:
+                summary |= {"checkpoint": save(client, step, batches.cursor), "step": step}
+                folder.write_summary(summary)
+    if summary.get("step") != step:
+        summary |= {"checkpoint": save(client, step, batches.cursor), "step": step}
+        folder.write_summary(summary)
+
+    # after
+    losses = [row["loss"] for row in metrics if "loss" in row]
+    nlls = [row["test_nll"] for row in metrics if "test_nll" in row]
+    trained = [row for row in metrics if "tokens" in row]
+    summary |= {
+        "status": "finished" if step == config.num_steps else "interrupted",
+        "first_train_loss": losses[0] if losses else None,
+        "last_train_loss": losses[-1] if losses else None,
+        "test_nll_after": nlls[-1] if step == config.num_steps else None,
+        "tokens": sum(row["tokens"] for row in trained),
+        "tokens_per_second": sum(r["tokens"] for r in trained) / max(sum(r["seconds"] for r in trained), 1e-9),
+        "rows_skipped": prepared.converter.report.skipped,
+    }
+    plot_losses(metrics, out / PLOT, title=f"{config.base_model} on {chats.name}")
+    if summary["status"] == "finished":
+        tuned = client.save_weights_and_get_sampling_client()
+        answers = sample_answers(tuned, renderer, config)
+        summary["samples"] = [
+            {**sample, "after": answer} for sample, answer in zip(summary["samples"], answers, strict=True)
+        ]
+        folder.write_samples(summary["samples"])
+        if config.check_resume:
+            summary["resumed_exactly"] = resume_one_step(
+                service, client, summary["checkpoint"], config, batches, console
+            )
+    folder.write_summary(summary)
+    report(console, prepared, summary, out)
+    service.close()
+    return summary
+
+
+def create_run(service: mint.ServiceClient, config: ChatSftConfig) -> mint.TrainingClient:
+    return service.create_lora_training_client(
+        config.base_model,
+        rank=config.rank,
+        seed=config.seed,
+        train_mlp=config.train_mlp,
+        train_attn=config.train_attn,
+        train_unembed=config.train_unembed,
+        user_metadata={"recipe": "chat_sft", "dataset": config.dataset},
+    )
+
+
+def prepare(config: ChatSftConfig, chats: ChatSet, client: mint.TrainingClient, console: Console) -> Prepared:
+    """Renderer, converter and the datums of every evaluation."""
+    info = client.get_info()
+    console.print(
+        f"{config.base_model}: {info.dtype} on {info.device}, {info.num_threads} threads; rank {info.lora_rank}, "
+        f"{info.num_parameters or 0:,} trained values in {len(info.lora_modules)} modules",
+        highlight=False,
+    )
+    renderer = get_renderer(client.get_tokenizer())
+    train_on = config.train_on or chats.train_on
+    console.print(
+        f"rendered as {renderer.settings['family']}, trained on {train_on}, at most {config.max_length} tokens"
+    )
+    testing = Converter(renderer, config.max_length, train_on)
+    test_datums = first_usable(chats.test, config.eval_size, testing)
+    if testing.report.skipped:
+        console.print(f"test rows skipped: {testing.report.skipped}", style="yellow")
+    return Prepared(chats, renderer, Converter(renderer, config.max_length, train_on), test_datums)
+
+
+def first_usable(rows: Sequence[Conversation], count: int, converter: Converter) -> list[types.Datum]:
+    """The datums of the first `count` rows that give any."""
+    datums: list[types.Datum] = []
+    used = 0
+    for number in range(len(rows)):
+        made = converter(number, rows[number])
+        datums += made
+        used += bool(made)
+        if used == count:
+            break
+    if not datums:
+        raise DataError(f"none of the {len(rows)} test rows can be used:\n{converter.report}")
+    return datums
 
 
 def token_mean_nll(output: types.ForwardBackwardOutput, datums: Sequence[types.Datum]) -> float:
@@ -63,101 +270,41 @@ def token_mean_nll(output: types.ForwardBackwardOutput, datums: Sequence[types.D
     return total / weight
 
 
-def sample_answers(client: mint.SamplingClient, renderer: Renderer, max_tokens: int) -> list[str]:
-    """The model's likeliest answer to each of PROMPTS; they share one running batch."""
-    params = types.SamplingParams(max_tokens=max_tokens, temperature=0.0, stop_token_ids=renderer.stop_token_ids)
-    prompts = [renderer.build_prompt([{"role": "user", "content": text}]) for text in PROMPTS]
+def evaluate(client: mint.TrainingClient, datums: Sequence[types.Datum]) -> float:
+    return token_mean_nll(client.forward(datums, "cross_entropy").result(), datums)
+
+
+def sample_answers(client: mint.SamplingClient, renderer: Renderer, config: ChatSftConfig) -> list[str]:
+    """The model's likeliest answer to each prompt; they share one running batch."""
+    params = types.SamplingParams(
+        max_tokens=config.sample_tokens, temperature=0.0, stop_token_ids=renderer.stop_token_ids
+    )
+    prompts = [renderer.build_prompt([{"role": "user", "content": text}]) for text in config.prompts]
     futures = [client.sample(types.ModelInput.from_ints(ids), 1, params) for ids in prompts]
     return [renderer.parse_response(f.result().sequences[0].tokens).content.strip() for f in futures]
 
 
-def chat_sft(
-    config: ChatSftConfig,
-    train: Sequence[list[dict[str, Any]]],
-    test: Sequence[list[dict[str, Any]]],
-    console: Console | None = None,
-) -> ChatSftResult:
-    """Fine-tune, evaluate, plot, sample, save and resume; results go to `config.out` and to the console."""
-    console = console or Console()
-    config.out.mkdir(parents=True, exist_ok=True)
-    service = mint.ServiceClient()
-    client = service.create_lora_training_client(config.base_model, rank=config.rank, seed=config.seed)
-    info = client.get_info()
-    console.print(f"{config.base_model}: {info.dtype} on {info.device}, {info.num_threads} threads, "
-                  f"{info.num_parameters:,} trained values in {len(info.lora_modules)} modules")  # fmt: skip
+def save(client: mint.TrainingClient, step: int, cursor: Cursor) -> str:
+    metadata = {"step": str(step), "data_cursor": cursor.to_json()}
+    # a resumed run may come to a step that it has saved before
+    return client.save_state(f"step-{step:06d}", overwrite=True, user_metadata=metadata).result().path
 
-    renderer = get_renderer(client.get_tokenizer())
-    train_datums, train_report = convert_conversations(train, renderer, config.max_length, config.train_on)
-    test_datums, test_report = convert_conversations(test, renderer, config.max_length, config.train_on)
-    for name, report in (("train set", train_report), ("test set", test_report)):
-        console.print(f"[bold]{name}[/bold]\n{report}", highlight=False, soft_wrap=True)
 
-    nll_before = token_mean_nll(client.forward(test_datums).result(), test_datums)
-    base = service.create_sampling_client(base_model=config.base_model)
-    answers_before = sample_answers(base, renderer, config.sample_tokens)
-    console.print(f"test NLL before: {nll_before:.4f}")
-
-    batches = Batches(train_datums, config.batch_size, config.seed)
-    adam = types.AdamParams(learning_rate=config.learning_rate)
-    history: list[dict[str, float]] = []
-    started, tokens = time.perf_counter(), 0
-    with _progress(console) as progress, (config.out / "metrics.jsonl").open("w", encoding="utf-8") as log:
-        bar = progress.add_task("training", total=config.num_steps, loss=float("nan"), speed=0.0)
-        for step in range(config.num_steps):
-            batch = next(batches)
-            gradient = client.forward_backward(batch, "cross_entropy")
-            update = client.optim_step(adam)
-            loss = token_mean_nll(gradient.result(), batch)
-            metrics = update.result().metrics or {}
-            tokens += sum(datum.model_input.length for datum in batch)
-            speed = tokens / (time.perf_counter() - started)
-            history.append({"step": step, "loss": loss, "tokens_per_second": speed, "grad_norm": metrics["grad_norm"]})
-            log.write(json.dumps(history[-1]) + "\n")
-            progress.update(bar, advance=1, loss=loss, speed=speed)
-
-    nll_after = token_mean_nll(client.forward(test_datums).result(), test_datums)
-    console.print(f"train loss: {history[0]['loss']:.4f} -> {history[-1]['loss']:.4f}")
-    console.print(f"test NLL:   {nll_before:.4f} -> {nll_after:.4f}  ({len(test_datums)} held-out datums)")
-    plot_losses(history, (nll_before, nll_after), config.out / "loss.png")
-
-    answers_after = sample_answers(client.save_weights_and_get_sampling_client(), renderer, config.sample_tokens)
-    write_samples(config.out / "samples.md", answers_before, answers_after)
-    console.print(
-        f"\n[bold]{PROMPTS[0]}[/bold]\n[dim]before:[/dim] {answers_before[0]}\n[dim]after:[/dim]  {answers_after[0]}\n"
-    )
-
-    cursor = batches.cursor.to_json()
-    checkpoint = client.save_state(f"step-{config.num_steps:06d}", user_metadata={"data_cursor": cursor}).result().path
-    exact = resume_one_step(service, client, checkpoint, train_datums, config, console)
-    result = ChatSftResult(
-        history[0]["loss"],
-        history[-1]["loss"],
-        nll_before,
-        nll_after,
-        checkpoint,
-        exact,
-        history[-1]["tokens_per_second"],
-    )
-    summary = {**asdict(result), "config": {**asdict(config), "out": str(config.out)}}
-    (config.out / "summary.json").write_text(json.dumps(summary, indent=2), encoding="utf-8")
-    console.print(
-        f"checkpoint: {checkpoint}\nresults: {config.out}/ (loss.png, samples.md, metrics.jsonl, summary.json)"
-    )
-    return result
+def saved_cursor(service: mint.ServiceClient, checkpoint: str) -> Cursor:
+    info = service.create_rest_client().get_weights_info_by_tinker_path(checkpoint).result()
+    return Cursor.from_json((info.user_metadata or {}).get("data_cursor", ""))
 
 
 def resume_one_step(
     service: mint.ServiceClient,
     client: mint.TrainingClient,
     checkpoint: str,
-    datums: Sequence[types.Datum],
     config: ChatSftConfig,
+    batches: Batches[Conversation, types.Datum],
     console: Console,
 ) -> bool:
     """One more step, by the run itself and by a new run from its checkpoint; whether both had the same bits."""
-    info = service.create_rest_client().get_weights_info_by_tinker_path(checkpoint).result()
-    cursor = Cursor.from_json((info.user_metadata or {})["data_cursor"])
-    batch = next(Batches(datums, config.batch_size, config.seed, cursor))
+    batch = next(batches)
     resumed = service.create_training_client_from_state_with_optimizer(checkpoint)
     adam = types.AdamParams(learning_rate=config.learning_rate)
     outputs = []
@@ -174,35 +321,68 @@ def resume_one_step(
     return exact
 
 
-def _progress(console: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
-        TextColumn("loss {task.fields[loss]:.4f}  {task.fields[speed]:.0f} tokens/s"),
-        TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=console,
-    )  # fmt: skip
+def report(console: Console, prepared: Prepared, summary: dict[str, Any], out: Path) -> None:
+    """What the user wants to know at the end, and what to type next."""
+    console.print(f"\n[bold]training rows[/bold]\n{prepared.converter.report}", highlight=False, soft_wrap=True)
+    if summary["status"] == "finished":
+        sample = summary["samples"][0] if summary["samples"] else None
+        if sample is not None:
+            console.print(f"\n[bold]{sample['prompt']}[/bold]")
+            for when in ("before", "after"):
+                console.print(f"[dim]{when}:[/dim]")
+                console.print(sample[when], markup=False, highlight=False)
+        console.print(f"\ntrain loss: {summary['first_train_loss']:.4f} -> {summary['last_train_loss']:.4f}")
+        console.print(f"test NLL:   {summary['test_nll_before']:.4f} -> {summary['test_nll_after']:.4f}  "
+                      f"({summary['test_rows']} held-out rows)")  # fmt: skip
+    else:
+        console.print(f"\n[yellow]interrupted after step {summary['step']}; everything is saved[/yellow]")
+    console.print(f"speed:      {summary['tokens_per_second']:.0f} tokens/s")
+    console.print(f"checkpoint: {summary['checkpoint']}", soft_wrap=True)
+    console.print(
+        f"results:    {out}/ (loss.png, samples.md, metrics.jsonl, summary.json, config.json)", soft_wrap=True
+    )
+    more = "" if summary["status"] == "interrupted" else f" --steps {2 * int(summary['step'])}"
+    console.print(f"go on:      mint sft --resume {out}{more}", soft_wrap=True)
+    console.print(f"talk to it: mint chat {summary['checkpoint']}", soft_wrap=True)
 
 
-def plot_losses(history: Sequence[dict[str, float]], test_nll: tuple[float, float], path: Path) -> None:
-    """Train loss per step and the held-out NLL before and after."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+def dry_run(config: ChatSftConfig, console: Console | None = None) -> dict[str, Any]:
+    """Two probe steps on the first batches: what the whole run will take. Writes no results; returns the plan."""
+    console = console or Console()
+    chats = load_chat_set(config.dataset, test=config.test_file, seed=config.seed)
+    with mint.ServiceClient() as service:
+        client = create_run(service, config)
+        prepared = prepare(config, chats, client, console)
+        batches = Batches(chats.train, config.batch_size, config.seed, prepare=prepared.converter)
+        steps = []
+        for _ in range(2):
+            batch = next(batches)
+            started = time.perf_counter()
+            client.forward_backward(batch, "cross_entropy")
+            client.optim_step(types.AdamParams(learning_rate=config.learning_rate)).result()
+            steps.append((sum(datum.model_input.length for datum in batch), time.perf_counter() - started))
+        lengths = [sum(datum.model_input.length for datum in next(batches)) for _ in range(min(20, config.num_steps))]
+        info = client.get_info()
+    tokens_per_step = sum(lengths) / len(lengths)
+    speed = sum(tokens for tokens, _ in steps) / sum(seconds for _, seconds in steps)
+    test_tokens = sum(datum.model_input.length for datum in prepared.test_datums)
+    evaluations = 2 + (config.num_steps // config.eval_every if config.eval_every else 0)
+    return {
+        "steps": config.num_steps,
+        "epochs": round(config.num_steps / batches.batches_per_epoch, 2),
+        "tokens_per_step": round(tokens_per_step),
+        "tokens": round(tokens_per_step * config.num_steps),
+        "max_tokens_per_pass": info.max_tokens_per_pass,
+        "trained_values": info.num_parameters,
+        "tokens_per_second": round(speed, 1),
+        # a forward pass costs about a third of forward and backward
+        "eta_seconds": round((tokens_per_step * config.num_steps + evaluations * test_tokens / 3) / speed),
+        "memory_bytes": psutil.Process().memory_info().rss,  # the engine keeps its buffers, so this is near the peak
+        "rows_looked_at": prepared.converter.report.rows,
+        "rows_skipped": prepared.converter.report.skipped,
+    }
 
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    axes.plot([h["step"] + 1 for h in history], [h["loss"] for h in history], label="train (batch)", linewidth=1.8)
-    axes.plot([0, len(history)], test_nll, "o--", label="test", color="tab:orange")
-    for x, value in zip((0, len(history)), test_nll, strict=True):
-        axes.annotate(f"{value:.3f}", (x, value), textcoords="offset points", xytext=(0, 8), ha="center")
-    axes.set(xlabel="step", ylabel="loss (nats per trained token)", title="Chat fine-tuning")
-    axes.margins(x=0.06, y=0.12)
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(path, dpi=150)
 
-
-def write_samples(path: Path, before: Sequence[str], after: Sequence[str]) -> None:
-    parts = ["# The same prompts before and after\n"]
-    for prompt, old, new in zip(PROMPTS, before, after, strict=True):
-        parts.append(f"## {prompt}\n\n### Before\n\n{old}\n\n### After\n\n{new}\n")
-    path.write_text("\n".join(parts), encoding="utf-8")
+def load_config(out: Path, **changes: Any) -> ChatSftConfig:
+    """The options of the run in `out`, with `changes`."""
+    return replace(ChatSftConfig.from_json(RunFolder(out).read_config()), **changes)

@@ -1,0 +1,55 @@
+"""What every command shares: where it writes, how it fails, what a checkpoint or model is called on the command line."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import sys
+from collections.abc import Iterator
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+
+from mint.errors import MintError
+
+EXIT_FAILED, EXIT_INTERRUPTED = 1, 130
+
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for scripts; everything else goes to stderr.")]
+
+
+def make_console(*, as_json: bool = False) -> Console:
+    """Standard output, or standard error where that is kept for JSON."""
+    return Console(stderr=as_json)
+
+
+def print_json(value: Any) -> None:
+    sys.stdout.write(json.dumps(value, indent=2, default=str) + "\n")
+
+
+@contextlib.contextmanager
+def command(console: Console, *, verbose: bool = True) -> Iterator[None]:
+    """Log MinT's lines to `console`; errors of MinT's own become one message on stderr and exit code 1."""
+    handler = RichHandler(console=console, show_path=False, show_time=False, show_level=False, markup=False)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler], force=True)
+    logging.getLogger("mint").setLevel(logging.INFO if verbose else logging.WARNING)
+    try:
+        yield
+    except MintError as error:
+        Console(stderr=True).print(f"[red]error:[/red] {_escaped(str(error))}", soft_wrap=True, highlight=False)
+        raise typer.Exit(EXIT_FAILED) from None
+    except KeyboardInterrupt:
+        Console(stderr=True).print("interrupted")
+        raise typer.Exit(EXIT_INTERRUPTED) from None
+
+
+def _escaped(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
+
+
+def is_checkpoint(name: str) -> bool:
+    return name.startswith(("tinker://", "mint://"))

@@ -1,0 +1,38 @@
+"""Ctrl-C as a request: the step in progress is finished, so that what is saved is whole."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from types import FrameType, TracebackType
+
+from rich.console import Console
+
+
+class StopOnCtrlC:
+    """Inside the `with` block the first Ctrl-C sets `requested`; a second one is a KeyboardInterrupt as ever.
+
+    Outside the main thread, where no handler can be set, Ctrl-C is left as it is.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self.requested = False
+        self._console = console
+        self._before: object = None
+
+    def __enter__(self) -> StopOnCtrlC:
+        if threading.current_thread() is threading.main_thread():
+            self._before = signal.signal(signal.SIGINT, self._heard)
+        return self
+
+    def _heard(self, number: int, frame: FrameType | None) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+        self._console.print("[yellow]finishing this step, then saving; Ctrl-C again stops at once[/yellow]")
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._before is not None:
+            signal.signal(signal.SIGINT, self._before)  # type: ignore[arg-type]  # what signal.signal itself gave
