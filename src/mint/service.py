@@ -43,6 +43,9 @@ from mint.types.requests import SampleInput, TrainingInput
 # logprobs of every datum as torch tensors with gradient -> (scalar loss, metrics)
 LossFromLogprobs = Callable[[Sequence[Any]], tuple[Any, dict[str, float]]]
 
+# told a token; True ends the sequence there
+OnToken = Callable[[int], bool]
+
 
 @dataclass(frozen=True, slots=True)
 class RunSpec:
@@ -127,7 +130,10 @@ class Service(Protocol):
 
     def close_sampling_session(self, sampling_session_id: str) -> Future[None]: ...
 
-    def sample(self, sampling_session_id: str, sample_input: SampleInput) -> Future[SampleResponse]: ...
+    def sample(
+        self, sampling_session_id: str, sample_input: SampleInput, on_token: OnToken | None = None
+    ) -> Future[SampleResponse]:
+        """`on_token`: for a single sequence, told every token as it is generated, on whatever thread that happens."""
 
     def weights_info(self, path: str, *, optimizer: bool = False) -> Future[WeightsInfoResponse]:
         """After the checkpoint's files, with `optimizer` those of a training checkpoint, were found whole."""

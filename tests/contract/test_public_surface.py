@@ -52,6 +52,7 @@ SIGNATURES = {
     "SamplingClient.sample": "prompt, num_samples=1, sampling_params=None, include_prompt_logprobs=False, "
     "topk_prompt_logprobs=0, topk_sample_logprobs=0, target_prompt_logprobs=None, prompt_alt_tokens_k=0, "
     "prompt_logprobs_last_n=None",
+    "SamplingClient.stream": "prompt, sampling_params=None",
     "SamplingClient.compute_logprobs": "prompt, prompt_logprobs_last_n=None",
     "SamplingClient.get_tokenizer": "",
     "SamplingClient.get_base_model": "",
@@ -110,6 +111,7 @@ WITHOUT_TWIN = {
     "ServiceClient.create_rest_client",
     "ServiceClient.close",
     "TrainingClient.get_tokenizer",
+    "SamplingClient.stream",
     "SamplingClient.get_tokenizer",
     "SamplingClient.get_base_model",
     *SERVER_ONLY,

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import queue
+import threading
 import weakref
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from typing import Any, NoReturn
 
 from mint.client.futures import APIFuture
@@ -52,6 +54,32 @@ class SamplingClient:
         )
         future = self._service.sample(self._sampling_session_id, given)
         return APIFuture(future, owner=self, what=f"sample from {self._base_model}")
+
+    def stream(self, prompt: ModelInput, sampling_params: SamplingParams | None = None) -> Iterator[int]:
+        """The tokens of one sequence after `prompt`, each as soon as it is there: those that `sample` would give.
+
+        Leaving the iterator early ends the generation. Raises as `sample`.
+        """
+        params = SamplingParams() if sampling_params is None else sampling_params
+        arrived: queue.SimpleQueue[int | None] = queue.SimpleQueue()
+        left = threading.Event()
+
+        def on_token(token: int) -> bool:
+            arrived.put(token)
+            return left.is_set()
+
+        future = self._service.sample(self._sampling_session_id, prepare_sample_input(prompt, 1, params), on_token)
+        future.add_done_callback(lambda _: arrived.put(None))
+
+        def tokens() -> Iterator[int]:
+            try:
+                while (token := arrived.get()) is not None:
+                    yield token
+                future.result()
+            finally:
+                left.set()
+
+        return tokens()
 
     def compute_logprobs(
         self, prompt: ModelInput, prompt_logprobs_last_n: int | None = None

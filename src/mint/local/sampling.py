@@ -15,8 +15,8 @@ from mint.local.futures import combine, done
 from mint.local.runs import RunStore
 from mint.local.saving import add_sampler
 from mint.local.scheduler import WorkJob
-from mint.local.stop import new_stop_check
-from mint.service import SamplingSession
+from mint.local.stop import any_of, new_stop_check
+from mint.service import OnToken, SamplingSession
 from mint.types import GetSamplerResponse, ParsedCheckpointTinkerPath, SampleResponse
 from mint.types.requests import SampleInput
 
@@ -74,30 +74,37 @@ class SamplingOps:
             return done(None)
         return self._core.release(lambda: self._core.drop_sampler(sampling_session_id))
 
-    def sample(self, sampling_session_id: str, sample_input: SampleInput) -> Future[SampleResponse]:
+    def sample(
+        self, sampling_session_id: str, sample_input: SampleInput, on_token: OnToken | None
+    ) -> Future[SampleResponse]:
+        assert on_token is None or sample_input.num_samples == 1
         core = self._core
         core.check_process()
         record = self._record(sampling_session_id)
         max_new = _max_new(record, sample_input)
         prompt, futures = sample_input.prompt, []
         if sample_input.num_samples:
-            futures.append(core.scheduler.submit_sample(record.backend, self._request(record, sample_input, max_new)))
+            request = self._request(record, sample_input, max_new, on_token)
+            futures.append(core.scheduler.submit_sample(record.backend, request))
         if sample_input.prompt_logprobs or sample_input.num_prompt_topk:
             topk = sample_input.num_prompt_topk
             job = WorkJob(lambda: record.backend.score_prompt(prompt, record.adapter, topk), Future())
             futures.append(core.scheduler.submit(None, None, job))
         return combine(futures, lambda results: _response(sample_input, results))
 
-    def _request(self, record: SamplerRecord, sample_input: SampleInput, max_new: int) -> GenerateRequest:
+    def _request(
+        self, record: SamplerRecord, sample_input: SampleInput, max_new: int, on_token: OnToken | None
+    ) -> GenerateRequest:
         params = sample_input.params
         stop_tokens = params.extra_stop_tokens
         if params.stops_at_end_of_text:
             stop_tokens = stop_tokens | set(record.backend.limits.eos_token_ids)
-        new_check = None
+        new_checks = []
         if params.stop_strings:
-            new_check = functools.partial(
-                new_stop_check, params.stop_strings, self._core.decode_function(record.source)
-            )
+            decode = self._core.decode_function(record.source)
+            new_checks.append(functools.partial(new_stop_check, params.stop_strings, decode))
+        if on_token is not None:
+            new_checks.append(lambda: on_token)
         return GenerateRequest(
             prompt=sample_input.prompt,
             adapter=record.adapter,
@@ -108,7 +115,7 @@ class SamplingOps:
             top_p=params.top_p,
             seed=secrets.randbits(64) if params.seed is None else params.seed,
             stop_tokens=stop_tokens,
-            new_stop_check=new_check,
+            new_stop_check=functools.partial(any_of, new_checks) if new_checks else None,
             num_topk=sample_input.num_sample_topk,
         )
 

@@ -11,7 +11,7 @@ from mint.local.runs import RunStore
 from mint.local.sampling import SamplingOps
 from mint.local.saving import SavingOps
 from mint.local.training import TrainingOps
-from mint.service import LossFromLogprobs, RunSpec, SamplingSession, SaveSpec
+from mint.service import LossFromLogprobs, OnToken, RunSpec, SamplingSession, SaveSpec
 from mint.types import (
     AdamParams,
     CheckpointsListResponse,
@@ -143,8 +143,10 @@ class LocalService:
         return self._sampling.close_session(sampling_session_id)
 
     @errors_in_future
-    def sample(self, sampling_session_id: str, sample_input: SampleInput) -> Future[SampleResponse]:
-        return self._sampling.sample(sampling_session_id, sample_input)
+    def sample(
+        self, sampling_session_id: str, sample_input: SampleInput, on_token: OnToken | None = None
+    ) -> Future[SampleResponse]:
+        return self._sampling.sample(sampling_session_id, sample_input, on_token)
 
     @errors_in_future
     def weights_info(self, path: str, *, optimizer: bool = False) -> Future[WeightsInfoResponse]:

@@ -1,8 +1,11 @@
-"""Stop strings: text is recognised in what the tokens decode to, so that it may begin and end inside tokens."""
+"""What ends a sequence besides its tokens.
+
+Stop strings: text is recognised in what the tokens decode to, so that it may begin and end inside tokens.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from mint.engine.backend import StopCheck
 
@@ -22,3 +25,9 @@ def new_stop_check(stop_strings: tuple[str, ...], decode: Decode) -> StopCheck:
         return any(stop in text for stop in stop_strings)
 
     return check
+
+
+def any_of(makers: Sequence[Callable[[], StopCheck]]) -> StopCheck:
+    """One check for one sequence; every part is fed every token."""
+    checks = [make() for make in makers]
+    return lambda token: sum(check(token) for check in checks) > 0
