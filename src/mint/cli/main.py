@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from mint.cli.export import export
 from mint.errors import MintError
 
 app = typer.Typer(
@@ -68,6 +69,8 @@ def sft(
         console.print(f"[red]error:[/red] {error}", soft_wrap=True)
         raise typer.Exit(1) from None
 
+
+app.command(epilog="Example: mint export tinker://RUN/weights/NAME out/adapter")(export)
 
 if __name__ == "__main__":
     app()
