@@ -139,8 +139,8 @@ def export_checkpoint(path: str, folder: Path, *, merged: bool = False, shard_by
         if merged:
             made = _write_merged(source.path, fresh, manifest, state, shard_bytes)
             (found,) = _logprobs(fresh, "the merged model", settings, tokens, None)
-            # closer to the checkpoint than to the base, unless the adapter is too weak for the dtype to tell
-            allowed = SAME_MODEL + max(made.eps, min(ROUNDING * made.eps, effect / 2))
+            # what rounding explains, and never so much that the result is as close to the base as to the checkpoint
+            allowed = SAME_MODEL + min(ROUNDING * made.eps, effect / 2)
             untied = made.untied
         else:
             write_adapter(fresh, manifest, state)
