@@ -136,12 +136,28 @@ def test_every_weight_is_the_formula_s_rounded_once_to_the_stored_dtype(
         assert (found - stored(base).get(name, torch.zeros(())).double()).abs().max() > 1e-2
 
 
-def test_dtypes_may_be_mixed(tiny: Callable[..., Path], tmp_path: Path) -> None:
-    base = cast(tiny("llama", intermediate=33), tmp_path / "base", torch.bfloat16, torch.float32, torch.float16)
+def byte_offsets(file: Path) -> dict[str, int]:
+    """Where in the file every tensor begins, read by the format's description."""
+    raw = file.read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8 : 8 + length])
+    return {name: 8 + length + entry["data_offsets"][0] for name, entry in header.items() if name != "__metadata__"}
+
+
+def test_dtypes_may_be_mixed_and_every_tensor_is_aligned(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    base = cast(
+        tiny("llama", hidden=63, heads=3, kv_heads=1, head_dim=16),
+        tmp_path / "base",
+        torch.bfloat16,
+        torch.float32,
+        torch.float16,
+    )
     folder, state = tmp_path / "merged", random_adapter(base, ALL)
     assert merged_folder(base, folder, ALL, state).eps == 2.0**-7
     before, after = stored(base), stored(folder)
     assert {name: tensor.dtype for name, tensor in after.items()} == {n: t.dtype for n, t in before.items()}
+    offsets = byte_offsets(folder / "model.safetensors")
+    assert [name for name, tensor in after.items() if offsets[name] % tensor.dtype.itemsize] == []
     for name, exact in by_the_formula(base, ALL, state).items():
         torch.testing.assert_close(
             after[name].double(), exact, rtol=0.51 * torch.finfo(after[name].dtype).eps, atol=1e-6
@@ -189,13 +205,13 @@ def test_the_library_s_shards_of_a_base_are_read(tiny: Callable[..., Path], tmp_
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_a_tied_matrix_that_the_base_s_file_repeats_is_not_written_twice(
+def test_a_tied_base_s_unembedding_is_its_embedding_whatever_the_file_holds_under_that_name(
     tiny: Callable[..., Path], tmp_path: Path
 ) -> None:
     base = Path(shutil.copytree(tiny("qwen3"), tmp_path / "base"))
     tensors = load_file(base / "model.safetensors")
-    repeated = {**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"].clone()}
-    save_file(repeated, base / "model.safetensors", {"format": "pt"})
+    spare = {**tensors, "lm_head.weight": torch.zeros_like(tensors["model.embed_tokens.weight"])}
+    save_file(spare, base / "model.safetensors", {"format": "pt"})
     state = random_adapter(base, ALL)
     merged_folder(base, tmp_path / "merged", ALL, state)
     merged_folder(tiny("qwen3"), tmp_path / "plain", ALL, state)
