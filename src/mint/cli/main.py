@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import typer
 
+from mint.cli.export import export
 from mint.cli.sft import sft
 
 app = typer.Typer(
@@ -20,6 +21,8 @@ def main() -> None:
 
 
 app.command(epilog="Example: mint sft --offline --steps 30 --out out/first")(sft)
+
+app.command(epilog="Example: mint export tinker://RUN/weights/NAME out/adapter")(export)
 
 if __name__ == "__main__":
     app()

@@ -11,6 +11,14 @@ CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+TOKENIZER_PARTS = (  # what a tokenizer may have besides
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
@@ -30,6 +38,11 @@ def missing_model_files(folder: Path) -> list[str]:
 
 def has_tokenizer(folder: Path) -> bool:
     return any((folder / name).is_file() for name in TOKENIZERS)
+
+
+def tokenizer_files(folder: Path) -> list[Path]:
+    """The files in `folder` that make up its tokenizer, chat template included."""
+    return [folder / name for name in (*TOKENIZERS, *TOKENIZER_PARTS) if (folder / name).is_file()]
 
 
 def require_model_folder(folder: Path, name: str) -> None:

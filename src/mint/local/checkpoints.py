@@ -91,23 +91,28 @@ def write_checkpoint(folder: Path, manifest: Manifest, state: AdapterState, *, o
             _replace(folder, fresh)
         else:
             fresh.rename(folder)
-        _flush(folder.parent)
+        flush(folder.parent)
     except BaseException:
         shutil.rmtree(fresh, ignore_errors=True)
         raise
 
 
+def write_adapter(folder: Path, manifest: Manifest, state: AdapterState) -> None:
+    """The two files of a PEFT adapter. Raises SafetensorError where the disk takes no more."""
+    save_file(dict(state.tensors), folder / ADAPTER, metadata={"format": "pt"})
+    (folder / ADAPTER_CONFIG).write_text(json.dumps(peft_config(manifest), indent=2), encoding="utf-8")
+
+
 def _write_files(fresh: Path, manifest: Manifest, state: AdapterState) -> None:
-    save_file(dict(state.tensors), fresh / ADAPTER, metadata={"format": "pt"})
-    (fresh / ADAPTER_CONFIG).write_text(json.dumps(peft_config(manifest), indent=2), encoding="utf-8")
+    write_adapter(fresh, manifest, state)
     if manifest.checkpoint_type == "training":
         moments = {"exp_avg": state.exp_avg, "exp_avg_sq": state.exp_avg_sq}
         save_file({f"{kind}.{k}": v for kind, part in moments.items() for k, v in part.items()}, fresh / OPTIMIZER)
     sums = {path.name: _sha256(path) for path in sorted(fresh.iterdir())}
     _write_manifest(fresh, manifest.model_copy(update={"sha256": sums}))
     for path in fresh.iterdir():
-        _flush(path)
-    _flush(fresh)
+        flush(path)
+    flush(fresh)
 
 
 def _write_manifest(place: Path, manifest: Manifest) -> None:
@@ -123,9 +128,9 @@ def write_expiry(folder: Path, path: str, expires_at: datetime | None) -> None:
     fresh.mkdir()
     try:
         _write_manifest(fresh, manifest.model_copy(update={"expires_at": expires_at}))
-        _flush(fresh / MANIFEST)
+        flush(fresh / MANIFEST)
         (fresh / MANIFEST).replace(folder / MANIFEST)
-        _flush(folder)
+        flush(folder)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
 
@@ -133,9 +138,9 @@ def write_expiry(folder: Path, path: str, expires_at: datetime | None) -> None:
 def _replace(folder: Path, fresh: Path) -> None:
     old = _old(folder)
     folder.rename(old)
-    _flush(folder.parent)
+    flush(folder.parent)
     fresh.rename(folder)
-    _flush(folder.parent)
+    flush(folder.parent)
     shutil.rmtree(old)
 
 
@@ -305,7 +310,8 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Return when what was written to a file, or what a folder lists, is on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

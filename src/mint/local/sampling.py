@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import functools
 import secrets
+from collections.abc import Callable
 from concurrent.futures import Future
 
-from mint.engine.backend import GenerateRequest, Generation, PromptScores
+from mint.engine.backend import GenerateRequest, Generation, PromptScores, StopCheck
 from mint.errors import ClosedError, InputError
 from mint.hub import resolve_model
 from mint.local.checkpoints import read_checkpoint
@@ -99,12 +100,13 @@ class SamplingOps:
         stop_tokens = params.extra_stop_tokens
         if params.stops_at_end_of_text:
             stop_tokens = stop_tokens | set(record.backend.limits.eos_token_ids)
-        new_checks = []
+        new_checks: list[Callable[[], StopCheck]] = []
         if params.stop_strings:
             decode = self._core.decode_function(record.source)
             new_checks.append(functools.partial(new_stop_check, params.stop_strings, decode))
         if on_token is not None:
-            new_checks.append(lambda: on_token)
+            check = on_token
+            new_checks.append(lambda: check)
         return GenerateRequest(
             prompt=sample_input.prompt,
             adapter=record.adapter,

@@ -19,6 +19,9 @@ from mint.engine.models.config import DecoderConfig, decoder_config
 from mint.engine.models.linear import Linear
 from mint.errors import InputError, ModelNotFoundError, UnsupportedError
 
+WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
+EMBEDDING, UNEMBEDDING = "model.embed_tokens.weight", "lm_head.weight"
+
 
 @dataclass(slots=True, repr=False)
 class LayerWeights:
@@ -80,21 +83,27 @@ def read_config(folder: Path) -> DecoderConfig:
     return decoder_config(read_json(folder / "config.json"), read_json(folder / "generation_config.json"))
 
 
+def open_weights(folder: Path) -> dict[str, Any]:
+    """Of every tensor of a model folder, single file or sharded, the safetensors file that holds it, opened lazily."""
+    index = read_json(folder / WEIGHTS_INDEX).get("weight_map")
+    files: Iterable[str] = sorted(set(index.values())) if index else [WEIGHTS]
+    file_of: dict[str, Any] = {}
+    for name in files:
+        path = folder / name
+        if Path(name).name != name or not path.is_file():
+            raise ModelNotFoundError(f"{folder} lacks the weight file {name!r}; MinT reads safetensors only")
+        handle = safe_open(path, framework="pt")
+        names: list[str] = handle.keys()  # type: ignore[no-untyped-call]
+        file_of.update(dict.fromkeys(names, handle))
+    return file_of
+
+
 class _Checkpoint:
-    """The tensors of one model folder, single file or sharded, opened lazily; remembers what was asked for."""
+    """The tensors of one model folder; remembers what was asked for."""
 
     def __init__(self, folder: Path, dtype: torch.dtype, device: torch.device) -> None:
-        index = read_json(folder / "model.safetensors.index.json").get("weight_map")
-        files: Iterable[str] = sorted(set(index.values())) if index else ["model.safetensors"]
         self._dtype, self._device = dtype, device
-        self._file_of: dict[str, Any] = {}
-        for name in files:
-            path = folder / name
-            if Path(name).name != name or not path.is_file():
-                raise ModelNotFoundError(f"{folder} lacks the weight file {name!r}; MinT reads safetensors only")
-            handle = safe_open(path, framework="pt")
-            names: list[str] = handle.keys()  # type: ignore[no-untyped-call]
-            self._file_of.update(dict.fromkeys(names, handle))
+        self._file_of = open_weights(folder)
         self.unread = set(self._file_of)
 
     def __contains__(self, name: str) -> bool:
@@ -116,14 +125,14 @@ class _Checkpoint:
 def load_weights(folder: Path, config: DecoderConfig, dtype: torch.dtype, device: torch.device) -> DecoderWeights:
     """All weights in `dtype`. Every tensor of the files must be used, so that nothing of a model is silently left out."""
     ckpt = _Checkpoint(folder, dtype, device)
-    embed = ckpt.read("model.embed_tokens.weight", config.vocab_size, config.hidden_size)
+    embed = ckpt.read(EMBEDDING, config.vocab_size, config.hidden_size)
     layers = [_load_layer(ckpt, config, f"model.layers.{i}") for i in range(config.num_layers)]
     final_norm = ckpt.read("model.norm.weight", config.hidden_size)
     if config.tied:
         unembed = embed
-        ckpt.unread.discard("lm_head.weight")  # some files repeat the tied matrix
+        ckpt.unread.discard(UNEMBEDDING)  # some files repeat the tied matrix
     else:
-        unembed = ckpt.read("lm_head.weight", config.vocab_size, config.hidden_size)
+        unembed = ckpt.read(UNEMBEDDING, config.vocab_size, config.hidden_size)
     left = sorted(name for name in ckpt.unread if not name.endswith("rotary_emb.inv_freq"))
     if left:
         raise UnsupportedError(
