@@ -22,7 +22,7 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for scripts
 
 def make_console(*, as_json: bool = False) -> Console:
     """Standard output, or standard error where that is kept for JSON."""
-    return Console(stderr=as_json)
+    return Console(stderr=as_json, emoji=False)  # ":train:" in the id of a run is no picture
 
 
 def print_json(value: Any) -> None:
@@ -38,10 +38,12 @@ def command(console: Console, *, verbose: bool = True) -> Iterator[None]:
     try:
         yield
     except MintError as error:
-        Console(stderr=True).print(f"[red]error:[/red] {_escaped(str(error))}", soft_wrap=True, highlight=False)
+        Console(stderr=True, emoji=False).print(
+            f"[red]error:[/red] {_escaped(str(error))}", soft_wrap=True, highlight=False
+        )
         raise typer.Exit(EXIT_FAILED) from None
     except KeyboardInterrupt:
-        Console(stderr=True).print("interrupted")
+        Console(stderr=True, emoji=False).print("interrupted")
         raise typer.Exit(EXIT_INTERRUPTED) from None
 
 

@@ -106,7 +106,7 @@ def chat_sft(
     Ctrl-C during training ends it after the step in progress; everything is saved and the summary's status is
     "interrupted". A second Ctrl-C is a KeyboardInterrupt.
     """
-    console, folder = console or Console(), RunFolder(out)
+    console, folder = console or Console(emoji=False), RunFolder(out)
     if resume:
         summary = folder.read_summary()
         done = int(summary["step"])
@@ -348,7 +348,7 @@ def report(console: Console, prepared: Prepared, summary: dict[str, Any], out: P
 
 def dry_run(config: ChatSftConfig, console: Console | None = None) -> dict[str, Any]:
     """Two probe steps on the first batches: what the whole run will take. Writes no results; returns the plan."""
-    console = console or Console()
+    console = console or Console(emoji=False)
     chats = load_chat_set(config.dataset, test=config.test_file, seed=config.seed)
     with mint.ServiceClient() as service:
         client = create_run(service, config)
