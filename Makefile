@@ -6,7 +6,7 @@ SFT_ARGS ?=
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: install sft test check clean
+.PHONY: install sft test check docs clean
 
 install: $(STAMP)
 
@@ -27,6 +27,10 @@ check: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# the command reference, from the commands
+docs: $(STAMP)
+	$(BIN)/python -m typer mint.cli.main utils docs --name mint --output docs/cli.md
 
 clean:
 	rm -rf .venv out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

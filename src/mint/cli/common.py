@@ -7,6 +7,7 @@ import json
 import logging
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -55,3 +56,20 @@ def _escaped(text: str) -> str:
 
 def is_checkpoint(name: str) -> bool:
     return name.startswith(("tinker://", "mint://"))
+
+
+def checkpoint_named(name: str) -> str:
+    """`name`, or where it is the folder of a recipe's run, the path of that run's last checkpoint."""
+    from mint.recipes.run_folder import SUMMARY, RunFolder
+
+    if is_checkpoint(name) or not (Path(name) / SUMMARY).is_file():
+        return name
+    return str(RunFolder(Path(name)).read_summary()["checkpoint"])
+
+
+def run_named(name: str) -> str:
+    """The id of a run, given itself, one of its checkpoints or the folder of a recipe's run."""
+    from mint.types import ParsedCheckpointTinkerPath
+
+    path = checkpoint_named(name)
+    return ParsedCheckpointTinkerPath.from_tinker_path(path).training_run_id if is_checkpoint(path) else path

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from mint import settings as settings_module
-from mint.cli.common import JsonOption, command, make_console
+from mint.cli.common import JsonOption, checkpoint_named, command, make_console
 from mint.client.connect import EMBEDDED_TENANT
 from mint.engine.backend import AdapterState, FloatArray
 from mint.errors import CheckpointError, InputError, MintError, OperationError, UnsupportedError
@@ -96,14 +96,16 @@ class ExportReport:
 
 
 def export(
-    checkpoint: Annotated[str, typer.Argument(help="tinker://RUN/weights/NAME or tinker://RUN/sampler_weights/NAME.")],
+    checkpoint: Annotated[
+        str, typer.Argument(help="tinker://RUN/weights/NAME, its sampler_weights, or the folder of a run.")
+    ],
     folder: Annotated[Path, typer.Argument(help="Where to write; must not exist yet, or be empty.")],
     merged: Annotated[bool, typer.Option("--merged", help="The whole model, with the adapter merged in.")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Write a checkpoint as a PEFT adapter, or with --merged as a Hugging Face model; checked before it is there."""
     with command(make_console(as_json=as_json)):
-        report = export_checkpoint(checkpoint, folder, merged=merged)
+        report = export_checkpoint(checkpoint_named(checkpoint), folder, merged=merged)
     typer.echo(report.to_json() if as_json else str(report))
 
 

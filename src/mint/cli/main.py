@@ -40,7 +40,7 @@ def main(
 app.command(epilog="Example: mint sft --offline --steps 30 --out out/first")(sft)
 app.command(epilog="Example: mint chat out/first --compare")(chat)
 app.command(epilog='Example: mint sample out/first "How do I boil an egg?" --temperature 0 --json')(sample)
-app.command(epilog="Example: mint export tinker://RUN/weights/NAME out/adapter")(export)
+app.command(epilog="Example: mint export out/first out/adapter")(export)
 app.add_typer(models.app, name="models")
 app.add_typer(runs_app, name="runs")
 app.add_typer(checkpoints_app, name="checkpoints")

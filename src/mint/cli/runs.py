@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from mint import settings as settings_module
-from mint.cli.common import JsonOption, command, make_console, print_json
+from mint.cli.common import JsonOption, checkpoint_named, command, make_console, print_json, run_named
 from mint.errors import InputError
 
 if TYPE_CHECKING:
@@ -21,8 +21,10 @@ if TYPE_CHECKING:
 runs_app = typer.Typer(no_args_is_help=True, help="Runs: list, show, plot.")
 checkpoints_app = typer.Typer(no_args_is_help=True, help="Checkpoints: list, show, delete.")
 
-RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="Id of a run, as `mint runs list` shows it.")]
-PathArgument = Annotated[str, typer.Argument(metavar="CHECKPOINT", help="tinker://RUN/weights/NAME")]
+RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="Id that `mint runs list` shows, or a run's folder.")]
+PathArgument = Annotated[
+    str, typer.Argument(metavar="CHECKPOINT", help="tinker://RUN/weights/NAME, or a run's folder.")
+]
 
 
 @runs_app.command("list", epilog="Example: mint runs list --limit 5")
@@ -57,14 +59,14 @@ def list_runs(
             console.print(f"{hidden} runs that saved nothing are not shown (--all)", style="dim")
 
 
-@runs_app.command("show", epilog="Example: mint runs show 829bd76e151e4cd3:train:0")
+@runs_app.command("show", epilog="Example: mint runs show out/first")
 def show_run(run: RunArgument, as_json: JsonOption = False) -> None:
     """One run: what it is, how far it came, its checkpoints."""
     import mint
 
     console = make_console(as_json=as_json)
     with command(console, verbose=False):
-        rest = mint.RestClient()
+        rest, run = mint.RestClient(), run_named(run)
         facts = _run_facts(rest.get_training_run(run).result())
         saved = rest.list_checkpoints(run).result().checkpoints
         if as_json:
@@ -77,7 +79,7 @@ def show_run(run: RunArgument, as_json: JsonOption = False) -> None:
         _print_checkpoints(saved, console)
 
 
-@runs_app.command("plot", epilog="Example: mint runs plot 829bd76e151e4cd3:train:0 --out loss.png")
+@runs_app.command("plot", epilog="Example: mint runs plot out/first --out loss.png")
 def plot_run(
     run: RunArgument, out: Annotated[Path, typer.Option(help="Where the picture goes.")] = Path("loss.png")
 ) -> None:
@@ -87,6 +89,7 @@ def plot_run(
 
     console = make_console()
     with command(console, verbose=False):
+        run = run_named(run)
         mint.RestClient().get_training_run(run).result()
         steps = _steps(run)
         if not any("loss" in step for step in steps):
@@ -95,7 +98,7 @@ def plot_run(
         console.print(f"{out}: {len(steps)} steps", highlight=False)
 
 
-@checkpoints_app.command("list", epilog="Example: mint checkpoints list --run 829bd76e151e4cd3:train:0")
+@checkpoints_app.command("list", epilog="Example: mint checkpoints list --run out/first")
 def list_checkpoints(
     run: Annotated[str | None, typer.Option(help="Of this run only.")] = None, as_json: JsonOption = False
 ) -> None:
@@ -106,7 +109,7 @@ def list_checkpoints(
     with command(console, verbose=False):
         rest = mint.RestClient()
         if run is not None:
-            saved = rest.list_checkpoints(run).result().checkpoints
+            saved = rest.list_checkpoints(run_named(run)).result().checkpoints
         else:
             saved = rest.list_user_checkpoints(limit=10_000).result().checkpoints
         if as_json:
@@ -115,7 +118,7 @@ def list_checkpoints(
             _print_checkpoints(saved, console)
 
 
-@checkpoints_app.command("show", epilog="Example: mint checkpoints show tinker://RUN/weights/step-000030")
+@checkpoints_app.command("show", epilog="Example: mint checkpoints show out/first")
 def show_checkpoint(path: PathArgument, as_json: JsonOption = False) -> None:
     """One checkpoint, after all its files were found whole."""
     import mint
@@ -123,7 +126,7 @@ def show_checkpoint(path: PathArgument, as_json: JsonOption = False) -> None:
 
     console = make_console(as_json=as_json)
     with command(console, verbose=False):
-        rest = mint.RestClient()
+        rest, path = mint.RestClient(), checkpoint_named(path)
         parsed = ParsedCheckpointTinkerPath.from_tinker_path(path)
         facts = rest.get_weights_info_by_tinker_path(path).result().model_dump(mode="json")
         saved = rest.list_checkpoints(parsed.training_run_id).result().checkpoints

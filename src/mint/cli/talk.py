@@ -6,7 +6,6 @@ import sys
 import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -15,7 +14,7 @@ from rich.console import Console
 from rich.panel import Panel
 from rich.text import Text
 
-from mint.cli.common import JsonOption, command, is_checkpoint, make_console, print_json
+from mint.cli.common import JsonOption, checkpoint_named, command, is_checkpoint, make_console, print_json
 from mint.errors import InputError
 
 if TYPE_CHECKING:
@@ -28,7 +27,7 @@ CHAT_HELP = (
 )
 
 NameArgument = Annotated[
-    str, typer.Argument(metavar="CHECKPOINT|MODEL", help="tinker:// path, folder of a `mint sft` run, or a base model.")
+    str, typer.Argument(metavar="CHECKPOINT|MODEL", help="tinker:// path, folder of a run, or a base model.")
 ]
 MaxTokens = Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")]
 Temperature = Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")]
@@ -85,10 +84,7 @@ def open_speaker(service: mint.ServiceClient, name: str, *, thinking: bool) -> S
     """Of a checkpoint path, the folder of a recipe's run, or a base model."""
     from mint.chat import get_renderer
 
-    if (Path(name) / "summary.json").is_file():
-        from mint.recipes.run_folder import RunFolder
-
-        name = str(RunFolder(Path(name)).read_summary()["checkpoint"])
+    name = checkpoint_named(name)
     client = (
         service.create_sampling_client(name) if is_checkpoint(name) else service.create_sampling_client(base_model=name)
     )

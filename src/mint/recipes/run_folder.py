@@ -4,7 +4,7 @@ config.json     the options, as given and filled in; --resume reads them
 metrics.jsonl   a line per training step and per evaluation, see `chat_sft`
 loss.png        train loss and test NLL
 samples.md      the same prompts before and after
-summary.json    the results so far; its keys are described in docs/cli.md
+summary.json    the results so far; its keys are described in docs/sft.md
 """
 
 from __future__ import annotations
