@@ -476,4 +476,4 @@ def test_the_command_s_refusal_and_help(saved: Any, tmp_path: Path) -> None:
         f"error: {tmp_path} exists and is not an empty folder; an export overwrites nothing, give a new name\n"
     )
     done = command("--help", home=tmp_path, place=tmp_path)
-    assert done.returncode == 0 and "mint export tinker://RUN/weights/NAME out/adapter" in done.stdout
+    assert done.returncode == 0 and "mint export out/first out/adapter" in done.stdout

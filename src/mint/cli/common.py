@@ -21,9 +21,8 @@ EXIT_FAILED, EXIT_INTERRUPTED = 1, 130
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for scripts; everything else goes to stderr.")]
 
 
-def make_console(*, as_json: bool = False) -> Console:
-    """Standard output, or standard error where that is kept for JSON."""
-    return Console(stderr=as_json, emoji=False)  # ":train:" in the id of a run is no picture
+def make_console(*, stderr: bool = False) -> Console:
+    return Console(stderr=stderr, emoji=False)  # ":train:" in the id of a run is no picture
 
 
 def print_json(value: Any) -> None:

@@ -38,7 +38,7 @@ def doctor(
     as_json: JsonOption = False,
 ) -> None:
     """Device, precision, memory, versions, a shadowed `mint`, the hub, measured speed, advice. Exit code 1: a problem."""
-    console = make_console(as_json=as_json)
+    console = make_console(stderr=as_json)
     with command(console, verbose=False):
         settings = settings_module.load()
         facts, device = machine_facts(settings)

@@ -104,7 +104,7 @@ def export(
     as_json: JsonOption = False,
 ) -> None:
     """Write a checkpoint as a PEFT adapter, or with --merged as a Hugging Face model; checked before it is there."""
-    with command(make_console(as_json=as_json)):
+    with command(make_console(stderr=True)):
         report = export_checkpoint(checkpoint_named(checkpoint), folder, merged=merged)
     typer.echo(report.to_json() if as_json else str(report))
 

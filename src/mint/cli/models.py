@@ -21,7 +21,7 @@ ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="Hub id, fol
 @app.command("list", epilog="Example: mint models list")
 def list_models(as_json: JsonOption = False) -> None:
     """Packaged models and those in the Hugging Face cache."""
-    console = make_console(as_json=as_json)
+    console = make_console(stderr=as_json)
     with command(console):
         rows = [*_packaged(), *_cached()]
         if as_json:
@@ -73,7 +73,7 @@ def pull(name: ModelArgument, as_json: JsonOption = False) -> None:
     """Fetch a model, so that later runs need no network."""
     from mint.hub import load_tokenizer, resolve_model
 
-    console = make_console(as_json=as_json)
+    console = make_console(stderr=as_json)
     with command(console):
         source = resolve_model(name)
         load_tokenizer(source)
@@ -88,7 +88,7 @@ def show(name: ModelArgument, as_json: JsonOption = False) -> None:
     """What a model is: architecture, size, context, chat template. Fetches it if need be."""
     from mint.hub import resolve_model
 
-    console = make_console(as_json=as_json)
+    console = make_console(stderr=as_json)
     with command(console):
         source = resolve_model(name)
         facts = {"name": name, "note": source.note, "path": str(source.path), **_facts(source.path)}

@@ -36,7 +36,7 @@ def list_runs(
     """Runs with checkpoints, the newest first."""
     import mint
 
-    console = make_console(as_json=as_json)
+    console = make_console(stderr=as_json)
     with command(console, verbose=False):
         rest = mint.RestClient()
         total = rest.list_training_runs(limit=1).result().cursor.total_count
@@ -64,7 +64,7 @@ def show_run(run: RunArgument, as_json: JsonOption = False) -> None:
     """One run: what it is, how far it came, its checkpoints."""
     import mint
 
-    console = make_console(as_json=as_json)
+    console = make_console(stderr=as_json)
     with command(console, verbose=False):
         rest, run = mint.RestClient(), run_named(run)
         facts = _run_facts(rest.get_training_run(run).result())
@@ -105,7 +105,7 @@ def list_checkpoints(
     """Checkpoints, the newest first."""
     import mint
 
-    console = make_console(as_json=as_json)
+    console = make_console(stderr=as_json)
     with command(console, verbose=False):
         rest = mint.RestClient()
         if run is not None:
@@ -124,7 +124,7 @@ def show_checkpoint(path: PathArgument, as_json: JsonOption = False) -> None:
     import mint
     from mint.types import ParsedCheckpointTinkerPath
 
-    console = make_console(as_json=as_json)
+    console = make_console(stderr=as_json)
     with command(console, verbose=False):
         rest, path = mint.RestClient(), checkpoint_named(path)
         parsed = ParsedCheckpointTinkerPath.from_tinker_path(path)

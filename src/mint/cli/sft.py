@@ -99,7 +99,7 @@ def sft(
     Results go to a folder: loss.png, samples.md (the same prompts before and after), metrics.jsonl, summary.json and
     config.json. Ctrl-C ends after the step in progress and saves.
     """
-    console = make_console(as_json=as_json)
+    console = make_console(stderr=as_json)
     given = {
         "base_model": model,
         "dataset": dataset,

@@ -109,7 +109,7 @@ def chat(
     from mint import types
 
     console = make_console()
-    with command(console), mint.ServiceClient() as service:
+    with command(make_console(stderr=True)), mint.ServiceClient() as service:
         speakers = [open_speaker(service, name, thinking=thinking)]
         if compare:
             base = speakers[0].client.get_base_model()
@@ -213,7 +213,7 @@ def sample(
     import mint
     from mint import types
 
-    console = make_console(as_json=True)  # stdout is the answers'
+    console = make_console(stderr=True)  # stdout is the answers'
     texts = [line.rstrip("\n") for line in sys.stdin if line.strip()] if prompts in (None, [], ["-"]) else prompts
     with command(console, verbose=False), mint.ServiceClient() as service:
         if not texts:
