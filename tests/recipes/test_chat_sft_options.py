@@ -139,10 +139,11 @@ def test_a_finished_run_is_continued_by_more_steps_and_metrics_after_the_checkpo
 def test_earlier_results_are_not_written_over(config, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
-    (out / "config.json").write_text("{}")
+    (out / "summary.json").write_text("{}")
     with pytest.raises(InputError, match=rf"already holds a run; go on with it \(mint sft --resume {out}\) or give"):
         chat_sft(config, out, quiet())
-    assert [path.name for path in out.iterdir()] == ["config.json"]
+    assert [path.name for path in out.iterdir()] == ["summary.json"]
+    (out / "summary.json").unlink()
     with pytest.raises(InputError, match=r"holds no summary.json: it is not the folder of a run that saved something"):
         chat_sft(config, out, quiet(), resume=True)
 

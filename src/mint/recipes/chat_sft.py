@@ -112,9 +112,8 @@ def chat_sft(
         done = int(summary["step"])
         if config.num_steps <= done:
             raise InputError(f"{out}: {done} steps are done; to go on, ask for more than that (--steps)")
-    elif folder.is_used:
-        folder.create({})  # says that it is
     else:
+        folder.require_unused()
         summary, done = {}, 0
 
     # the run and its data; a new folder is made once both are there

@@ -27,14 +27,19 @@ class RunFolder:
 
     @property
     def is_used(self) -> bool:
-        return (self.path / CONFIG).exists()
+        """Whether a run saved something here."""
+        return (self.path / SUMMARY).exists()
 
-    def create(self, config: dict[str, Any]) -> None:
-        """Raises InputError where the folder already holds a run: its results are not written over."""
+    def require_unused(self) -> None:
+        """Raises InputError where the folder holds a run: its results are not written over."""
         if self.is_used:
             raise InputError(
                 f"{self.path} already holds a run; go on with it (mint sft --resume {self.path}) or give another --out"
             )
+
+    def create(self, config: dict[str, Any]) -> None:
+        """Raises as `require_unused`."""
+        self.require_unused()
         self.path.mkdir(parents=True, exist_ok=True)
         self._write(METRICS, "")
         self._write(CONFIG, json.dumps(config, indent=2))
