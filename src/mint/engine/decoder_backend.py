@@ -28,7 +28,8 @@ from mint.engine.models.head import Head, Targets, rows_per_chunk
 from mint.engine.models.weights import load_weights, read_config, read_json
 from mint.engine.plan import make_plan
 from mint.engine.runs import TrainingRun, flat_parameters
-from mint.engine.sampling.sampler import Sampler, top_logprobs
+from mint.engine.sampling.choose import top_logprobs
+from mint.engine.sampling.sampler import Sampler
 from mint.engine.training import Trainer
 from mint.engine.workspace import Workspace
 from mint.errors import ClosedError
@@ -64,6 +65,7 @@ class DecoderBackend:
         self._closed = False
         self._base_bytes = weights.num_bytes()
         self._limits = BackendLimits(
+            backend="decoder",
             base_model=name,
             architecture=str((read_json(folder / "config.json").get("architectures") or [config.model_type])[0]),
             vocab_size=config.vocab_size,
