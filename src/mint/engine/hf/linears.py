@@ -4,8 +4,8 @@
     attn      inside a layer of the decoder, below a module with "attn" or "attention" in its name
     mlp       anything else inside a layer, but routers of experts
 
-A layer is what stands in a numbered list of the decoder (vision towers stand outside). Experts that are stored as fused
-tensors are no Linears: they stay as they are.
+A layer is what stands in a numbered list of the decoder (vision towers stand outside). GPT-2's Conv1D is a Linear with a
+transposed weight. Experts that are stored as fused tensors are no Linears: they stay as they are.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from mint.engine.lora import AdapterLayout, lay_out
 from mint.errors import UnsupportedError
@@ -30,7 +31,9 @@ ROUTERS = {"gate", "router", "shared_expert_gate"}
 class FoundLinear:
     name: str
     group: Group
-    module: nn.Linear
+    module: nn.Module
+    num_in: int
+    num_out: int
 
 
 def find_linears(model: Any) -> list[FoundLinear]:
@@ -38,12 +41,25 @@ def find_linears(model: Any) -> list[FoundLinear]:
     head, inside = model.get_output_embeddings(), set(model.get_decoder().modules())
     found = []
     for name, module in model.named_modules():
-        if not isinstance(module, nn.Linear):
+        if not isinstance(module, (nn.Linear, Conv1D)):
             continue
         group = "unembed" if module is head else group_of(name) if module in inside else None
         if group is not None:
-            found.append(FoundLinear(name, group, module))
+            num_out, num_in = module.weight.shape if isinstance(module, nn.Linear) else module.weight.t().shape
+            found.append(FoundLinear(name, group, module, num_in, num_out))
     return found
+
+
+def num_fused_experts(model: Any) -> int:
+    """Matrices of experts that lie in one tensor, [experts, out, in]: no adapter wraps them."""
+    fused = (
+        parameter
+        for module in model.get_decoder().modules()
+        if not isinstance(module, nn.Conv1d)
+        for parameter in module.parameters(recurse=False)
+        if parameter.ndim == 3
+    )
+    return sum(len(parameter) for parameter in fused)
 
 
 def group_of(name: str) -> Group | None:
@@ -68,7 +84,7 @@ def choose_linears(linears: list[FoundLinear], lora: LoraConfig, architecture: s
     if empty:
         logger.warning("%s has no Linear module for %s: the others are trained", architecture, ", ".join(empty))
     planned = [
-        ((i, linear.name), linear.module.in_features, {linear.name: linear.module.out_features})
+        ((i, linear.name), linear.num_in, {linear.name: linear.num_out})
         for i, linear in enumerate(linears)
         if asked[linear.group]
     ]

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from mint.engine.device import Device
-from mint.engine.hf.linears import FoundLinear, find_linears
+from mint.engine.hf.linears import FoundLinear, find_linears, num_fused_experts
 from mint.engine.lora import AdapterWeights, Site
 from mint.engine.models.config import eos_token_ids, refuse_quantised
 from mint.engine.models.weights import read_json
@@ -48,6 +48,10 @@ class CausalModel:
         self.linears: list[FoundLinear] = find_linears(self._model)
         for i, linear in enumerate(self.linears):
             self._open((i, linear.name), linear.module)
+        if num_fused := num_fused_experts(self._model):
+            logger.warning(
+                "%s: %d expert matrices are fused tensors, which adapters do not wrap", self.architecture, num_fused
+            )
         text = self._model.config.get_text_config()
         self.max_context = _max_context(text, self.architecture)
         self.eos_token_ids = eos_token_ids(text.to_dict(), read_json(folder / "generation_config.json"))
