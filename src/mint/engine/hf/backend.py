@@ -47,6 +47,7 @@ from mint.types.results import TopkLogprobs
 logger = logging.getLogger("mint")
 
 PROBE_TOKENS = 32  # passes of this length and of twice that measure what a token needs
+GAPS = 1.5  # a process grows by so much more than the tensors of a pass: the allocator leaves gaps between them
 
 # (logprobs [C, K], which rows of the datum they are) -> derivative of the loss by them
 Derivative = Callable[[Tensor, slice], Tensor]
@@ -108,10 +109,7 @@ class HfBackend:
         a and b are measured; attention that is not computed in blocks is what grows with the square.
         """
         n = min(PROBE_TOKENS, self._limits.max_context // 2)
-        once, twice = (
-            self._model.kept_bytes(_leaves(adapter), length) + 2 * length * self._limits.vocab_size * self._element_size
-            for length in (n, 2 * n)  # and the logits with their gradient
-        )
+        once, twice = (GAPS * self._pass_bytes(adapter, length) for length in (n, 2 * n))
         b = max(twice - 2 * once, 0) / (2 * n * n)
         a = once / n - b * n
         free = memory_limit(self._device.torch_device) - self._base_bytes
@@ -120,9 +118,10 @@ class HfBackend:
         refuse_small(most, free, self._limits.max_context)
         return most
 
-    @property
-    def _element_size(self) -> int:
-        return self._device.dtype.itemsize
+    def _pass_bytes(self, adapter: AdapterWeights, num_tokens: int) -> int:
+        """What the forward keeps, the logits, and their gradient."""
+        logits = num_tokens * self._limits.vocab_size * self._device.dtype.itemsize
+        return self._model.kept_bytes(_leaves(adapter), num_tokens) + 2 * logits
 
     def use_plan(self, run_id: str, plan: RunPlan) -> RunReport:
         self._runs[run_id].follow(plan, self._limits)

@@ -64,8 +64,9 @@ class CausalModel:
             w = self._active.get(site)
             if w is None:
                 return output_O
-            x_I = inputs[0].to(w.a_RI.dtype)
-            return output_O + (x_I @ w.a_RI.t() @ w.b_OR.t()).to(output_O.dtype)
+            dtype = output_O.dtype  # some models keep some modules in float32
+            u_TR = inputs[0].flatten(0, -2) @ w.a_RI.to(dtype).t()
+            return torch.addmm(output_O.flatten(0, -2), u_TR, w.b_OR.to(dtype).t()).view_as(output_O)
 
         module.register_forward_hook(add_low_rank)
 
@@ -112,7 +113,7 @@ class CausalModel:
             output = self._model(input_ids=input_1T, past_key_values=cache, use_cache=use_cache, **options)
         finally:
             self._active = {}
-        return output.logits[0], getattr(output, "past_key_values", None)
+        return output.logits.squeeze(0), getattr(output, "past_key_values", None)
 
     def num_bytes(self) -> int:
         return sum(storage.nbytes() for storage in self._storages().values())
