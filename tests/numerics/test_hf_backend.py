@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from mint import types
 from mint.engine.hf.backend import GAPS, HfBackend
-from mint.engine.hf.linears import group_of
+from mint.engine.hf.linears import find_linears, group_of
 from mint.engine.models.config import uncovered
 from mint.errors import InputError, UnsupportedError
 from mint.settings import Settings
@@ -145,6 +146,18 @@ def test_groups_choose_the_modules_by_their_paths(made: Callable[[str], Path], k
 )
 def test_a_path_decides_the_group(name: str, group: str | None) -> None:
     assert group_of(name) == group
+
+
+def test_a_vision_tower_is_left_alone() -> None:
+    text = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 160}
+    vision = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    config = AutoConfig.for_model("gemma3", text_config={**text, "vocab_size": 384}, vision_config=vision)
+    model = AutoModelForCausalLM.from_config(config)
+    assert any("vision_tower" in name and "q_proj" in name for name, _ in model.named_modules())
+    found = find_linears(model)
+    assert [linear.name for linear in found if linear.group == "unembed"] == ["lm_head"]
+    layers = {linear.name.partition(".layers.")[0] for linear in found if linear.group != "unembed"}
+    assert (layers, len(found)) == ({"model.language_model"}, 8)
 
 
 def test_what_a_group_lacks_is_said(made: Callable[[str], Path], caplog: pytest.LogCaptureFixture) -> None:
@@ -294,6 +307,11 @@ def test_pickled_weights_are_not_opened(folder: Path) -> None:
     (folder / WEIGHTS).unlink()
     with pytest.raises(InputError, match=r"transformers cannot load the model in .*GPTNeoXForCausalLM"):
         open_hf(folder)
+
+
+def test_a_part_of_another_model_is_refused(made: Callable[[str], Path]) -> None:
+    with pytest.raises(UnsupportedError, match="TrOCRForCausalLM is a part of another model"):
+        open_hf(made("trocr"))
 
 
 def test_a_model_that_looks_ahead_or_keeps_no_cache_is_refused(

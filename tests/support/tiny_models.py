@@ -165,6 +165,8 @@ def _own_sizes(model_type: str, sizes: TinyShape, context: int) -> dict[str, Any
             return {**width, "max_position_embeddings": context}
         case "opt":
             return {"ffn_dim": sizes.intermediate, "max_position_embeddings": context}
+        case "trocr":
+            return {"d_model": sizes.hidden, "decoder_layers": 1, "decoder_attention_heads": 4, "decoder_ffn_dim": 64}
         case "gpt2":
             return {"n_positions": context}
         case "mamba":

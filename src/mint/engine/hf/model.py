@@ -43,7 +43,6 @@ class CausalModel:
         self._model = _load(folder, device)
         self._device = device.torch_device
         self._active: AdapterWeights = {}
-        self._keeps_last = "logits_to_keep" in inspect.signature(self._model.forward).parameters
         self.architecture = type(self._model).__name__
         self.linears: list[FoundLinear] = find_linears(self._model)
         for i, linear in enumerate(self.linears):
@@ -101,18 +100,18 @@ class CausalModel:
         keep_cache: bool = False,
         last_only: bool = False,
     ) -> tuple[Tensor, Any]:
-        """Logits [T, V] (of the last token alone with `last_only`, where the model can) and the cache.
+        """Logits [T, V], or [1, V] of the last token with `last_only`, and the cache.
 
         cache: of the tokens before these; it is extended in place.
         """
         input_1T = torch.tensor([tokens], device=self._device)
-        options = {"logits_to_keep": 1} if last_only and self._keeps_last else {}
         self._active = adapter
-        try:
-            use_cache = keep_cache or cache is not None
-            output = self._model(input_ids=input_1T, past_key_values=cache, use_cache=use_cache, **options)
-        finally:
-            self._active = {}
+        output = self._model(
+            input_ids=input_1T,
+            past_key_values=cache,
+            use_cache=keep_cache or cache is not None,
+            logits_to_keep=1 if last_only else 0,
+        )
         return output.logits.squeeze(0), getattr(output, "past_key_values", None)
 
     def num_bytes(self) -> int:
@@ -161,6 +160,8 @@ def _load(folder: Path, device: Device) -> Any:
         )
     except (ImportError, KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
         raise InputError(f"transformers cannot load the model in {folder} ({names}): {error}") from error
+    if "logits_to_keep" not in inspect.signature(model.forward).parameters:
+        raise UnsupportedError(f"{type(model).__name__} is a part of another model, not a language model of its own")
     _check_complete(info, type(model).__name__)
     return model.to(device.torch_device).eval().requires_grad_(False)
 

@@ -1,6 +1,6 @@
 """Sampling without batching: every sequence is decoded by itself, so that no kernel's choice ties it to its neighbours.
 
-Shape letters: B = 1 row, T tokens of a prompt, V vocabulary.
+Shape letter: V vocabulary.
 """
 
 from __future__ import annotations
@@ -70,11 +70,11 @@ class SequenceSampler:
     def _prefill(self, request: _Request) -> None:
         """Whole, because not every model's cache can take a prompt in pieces."""
         given = request.given
-        logits_TV, cache = self._model.forward(list(given.prompt), request.weights, keep_cache=True, last_only=True)
+        logits_1V, cache = self._model.forward(list(given.prompt), request.weights, keep_cache=True, last_only=True)
         for i in range(given.num_samples):
             own = cache if i == given.num_samples - 1 else copy.deepcopy(cache)
             request.sequences.append(new_sequence(given, i, own))
-            _extend(request.sequences[-1], logits_TV[-1:])
+            _extend(request.sequences[-1], logits_1V)
 
 
 def _extend(sequence: GrowingSequence[Any], logits_1V: Tensor) -> None:
