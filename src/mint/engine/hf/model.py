@@ -2,7 +2,7 @@
 
 Whatever `AutoModelForCausalLM` knows is loaded, and refused where it does not compute as a causal model with a key/value
 cache does. Logits are always the model's own, so scalings and caps of its head are in them.
-Shape letters: T tokens of one sequence, V vocabulary, I inputs and O outputs of a Linear.
+Shape letters: T tokens of one sequence, V vocabulary, I inputs and O outputs of a Linear, R rank.
 """
 
 from __future__ import annotations
