@@ -9,6 +9,7 @@ from pathlib import Path
 from mint.errors import InputError
 
 DTYPES = ("bfloat16", "float32")
+BACKENDS = ("decoder", "hf")
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +21,7 @@ class Settings:
     dtype: "bfloat16" or "float32" for the base weights (MINT_DTYPE).
     num_threads: compute threads (MINT_THREADS).
     max_tokens_per_pass: tokens of one training pass (MINT_MAX_TOKENS_PER_PASS).
+    backend: "decoder" (MinT's own) or "hf" (transformers) for every model (MINT_BACKEND).
     base_url: a remote server (MINT_BASE_URL, then TINKER_BASE_URL).
     api_key: its key (MINT_API_KEY, then TINKER_API_KEY); never printed.
     """
@@ -29,6 +31,7 @@ class Settings:
     dtype: str | None = None
     num_threads: int | None = None
     max_tokens_per_pass: int | None = None
+    backend: str | None = None
     base_url: str | None = None
     api_key: str | None = None
 
@@ -37,7 +40,7 @@ class Settings:
         return (
             f"Settings(home={str(self.home)!r}, device={self.device!r}, dtype={self.dtype!r}, "
             f"num_threads={self.num_threads}, max_tokens_per_pass={self.max_tokens_per_pass}, "
-            f"base_url={self.base_url!r}, api_key {key})"
+            f"backend={self.backend!r}, base_url={self.base_url!r}, api_key {key})"
         )
 
     @property
@@ -63,20 +66,25 @@ def _positive_int(name: str) -> int | None:
     return int(text)
 
 
+def _one_of(name: str, allowed: tuple[str, ...]) -> str | None:
+    text = os.environ.get(name) or None
+    if text is not None and text not in allowed:
+        raise InputError(
+            f"{name}={text!r} is not supported; allowed: {', '.join(allowed)}, or unset to let MinT choose"
+        )
+    return text
+
+
 def load() -> Settings:
     """Read the environment now. Raises InputError on a value that cannot be used."""
     env = os.environ
-    dtype = env.get("MINT_DTYPE") or None
-    if dtype is not None and dtype not in DTYPES:
-        raise InputError(
-            f"MINT_DTYPE={dtype!r} is not supported; allowed: {', '.join(DTYPES)}, or unset to let MinT choose"
-        )
     return Settings(
         home=Path(env.get("MINT_HOME") or Path.home() / ".mint").expanduser().resolve(),
         device=env.get("MINT_DEVICE") or None,
-        dtype=dtype,
+        dtype=_one_of("MINT_DTYPE", DTYPES),
         num_threads=_positive_int("MINT_THREADS"),
         max_tokens_per_pass=_positive_int("MINT_MAX_TOKENS_PER_PASS"),
+        backend=_one_of("MINT_BACKEND", BACKENDS),
         base_url=env.get("MINT_BASE_URL") or env.get("TINKER_BASE_URL") or None,
         api_key=env.get("MINT_API_KEY") or env.get("TINKER_API_KEY") or None,
     )

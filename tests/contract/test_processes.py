@@ -150,6 +150,11 @@ def test_importing_loads_nothing_heavy_and_a_bad_variable_is_told_when_it_is_use
             "0",
             "MINT_THREADS='0' is not a positive whole number; unset it or give one, e.g. MINT_THREADS=2",
         ),
+        (
+            "MINT_BACKEND",
+            "torch",
+            "MINT_BACKEND='torch' is not supported; allowed: decoder, hf, or unset to let MinT choose",
+        ),
         ("MINT_MAX_TOKENS_PER_PASS", "many", "MINT_MAX_TOKENS_PER_PASS='many' is not a positive whole number"),
     ],
 )

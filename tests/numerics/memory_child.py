@@ -1,4 +1,4 @@
-"""What test_plan.py runs in a new process: one training pass; prints planned bytes and by how much the process grew."""
+"""What the tests of the plans run in a new process: a training pass; prints planned bytes and by how much it grew."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ import numpy as np
 import psutil
 
 from mint import types
+from mint.engine.decoder_backend import DecoderBackend
+from mint.engine.hf.backend import GAPS, HfBackend
 from mint.engine.plan import bytes_per_token, fixed_bytes
-from tests.support.engine import add_random_run, forward_backward, open_backend, weighted_datums
+from tests.support.engine import add_random_run, forward_backward, open_backend, open_hf, weighted_datums
 
 STATUS = Path("/proc/self/status")
 
@@ -24,20 +26,26 @@ def peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def main(folder: Path, dtype: str, *lengths: int) -> None:
-    backend = open_backend(folder, dtype, max_tokens_per_pass=sum(lengths))
-    config = backend._trainer.decoder.config
+def planned_bytes(backend: DecoderBackend | HfBackend, num_tokens: int) -> int:
+    """Of one pass of that length."""
+    if isinstance(backend, HfBackend):
+        return int(GAPS * backend._pass_bytes(backend._runs["run"].weights(), num_tokens))
+    config, element = backend._trainer.decoder.config, backend._trainer.decoder.dtype.itemsize
+    return bytes_per_token(config, element) * num_tokens + fixed_bytes(config, element)
+
+
+def main(folder: Path, kind: str, dtype: str, *lengths: int) -> None:
+    backend = open_hf(folder, dtype) if kind == "hf" else open_backend(folder, dtype, max_tokens_per_pass=sum(lengths))
     add_random_run(backend, "run", types.LoraConfig(rank=8))
-    vocab = config.vocab_size
+    vocab = backend.limits.vocab_size
     small = weighted_datums(np.random.default_rng(0), [16], vocab)
     forward_backward(backend, "run", small)  # kernels and threads allocate what they keep
     before, old_peak = psutil.Process().memory_info().rss, peak()
     forward_backward(backend, "run", weighted_datums(np.random.default_rng(1), list(lengths), vocab))
     assert peak() > old_peak, "the pass did not set a new peak: the model is too large for this measurement"
-    element = 2 if dtype == "bfloat16" else 4
-    planned = bytes_per_token(config, element) * sum(lengths) + fixed_bytes(config, element)
-    print(planned, peak() - before)
+    grown = peak() - before
+    print(planned_bytes(backend, sum(lengths)), grown)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2], *map(int, sys.argv[3:]))
+    main(Path(sys.argv[1]), *sys.argv[2:4], *map(int, sys.argv[4:]))

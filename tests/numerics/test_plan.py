@@ -125,7 +125,7 @@ def test_a_pass_needs_the_memory_planned_for_it(
     twice too large would refuse texts that fit.
     """
     folder = tiny("llama", hidden=256, layers=20, intermediate=704, heads=8, kv_heads=4, vocab_size=2000, context=4096)
-    planned, measured = map(int, run_child(memory_child, folder, dtype, *[384] * 4))
+    planned, measured = map(int, run_child(memory_child, folder, "decoder", dtype, *[384] * 4))
     record_property("measured / planned", measured / planned)
     print(f"{dtype}: planned {planned / 2**20:.0f} MiB, measured {measured / 2**20:.0f} MiB")
     assert planned / 2 <= measured <= planned * 4 / 3

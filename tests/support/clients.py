@@ -27,6 +27,7 @@ import numpy as np
 from pydantic import ValidationError
 
 from mint import types
+from mint.client import connect
 from mint.client.rest_client import RestClient
 from mint.client.service_client import ServiceClient
 from mint.client.training_client import TrainingClient
@@ -105,9 +106,7 @@ def embedded(home: Path, **settings: Any) -> Iterator[Embedded]:
 
 
 def _make_backend(world: Embedded, folder: Path, name: str, settings: Settings) -> Backend:
-    from mint.engine.decoder_backend import DecoderBackend
-
-    backend = DecoderBackend(folder, name, settings)
+    backend = connect._make_backend(folder, name, settings)
     world.backends.append(weakref.ref(backend))
     return backend
 

@@ -25,8 +25,9 @@ import torch
 from torch import Tensor
 
 from mint import types
-from mint.engine.backend import AdapterState, GenerateRequest, Generation, Part, PartResult
+from mint.engine.backend import AdapterState, Backend, GenerateRequest, Generation, Part, PartResult
 from mint.engine.decoder_backend import DecoderBackend
+from mint.engine.hf.backend import HfBackend
 from mint.engine.lora import named_tensors
 from mint.engine.models.decoder import PackedRow
 from mint.settings import Settings
@@ -56,6 +57,10 @@ def open_backend(
 ) -> DecoderBackend:
     settings = Settings(folder, None, dtype, num_threads, max_tokens_per_pass)
     return DecoderBackend(folder, folder.name, settings)
+
+
+def open_hf(folder: Path, dtype: str = "float32") -> HfBackend:
+    return HfBackend(folder, folder.name, Settings(folder, None, dtype, 1))
 
 
 def run_child(module: ModuleType, *arguments: object) -> list[str]:
@@ -157,7 +162,7 @@ def cross_entropy_loss(data: Sequence[types.Datum]) -> Callable[[list[Tensor]], 
 
 
 def add_random_run(
-    backend: DecoderBackend, run_id: str, lora: types.LoraConfig, seed: int = 0, scale: float = 0.05
+    backend: Backend, run_id: str, lora: types.LoraConfig, seed: int = 0, scale: float = 0.05
 ) -> dict[str, np.ndarray]:
     """A run whose B is random instead of zero, so that the adapter matters; its tensors by PEFT's names."""
     backend.add_run(run_id, lora, seed)
@@ -170,7 +175,7 @@ def add_random_run(
     return tensors
 
 
-def set_tensors(backend: DecoderBackend, run_id: str, tensors: dict[str, np.ndarray]) -> None:
+def set_tensors(backend: Backend, run_id: str, tensors: dict[str, np.ndarray]) -> None:
     backend.import_state(run_id, AdapterState(tensors), optimizer=False)
 
 
@@ -180,14 +185,12 @@ def part(
     return Part(run_id, prepare_training_input(data, loss_fn, config))
 
 
-def forward(
-    backend: DecoderBackend, run_id: str, data: Sequence[types.Datum], loss_fn: str = "cross_entropy"
-) -> PartResult:
+def forward(backend: Backend, run_id: str, data: Sequence[types.Datum], loss_fn: str = "cross_entropy") -> PartResult:
     return _only(drain(backend.forward([part(run_id, data, loss_fn)])))
 
 
 def forward_backward(
-    backend: DecoderBackend,
+    backend: Backend,
     run_id: str,
     data: Sequence[types.Datum],
     loss_fn: str = "cross_entropy",
@@ -203,13 +206,14 @@ def _only(results: list[PartResult]) -> PartResult:
     return result
 
 
-def gradient(backend: DecoderBackend, run_id: str) -> Tensor:
+def gradient(backend: Backend, run_id: str) -> Tensor:
     """The run's accumulated gradient, flattened as `flatten` does. The one place that reaches for it."""
-    run = backend._trainer.runs[run_id]
+    runs = backend._runs if isinstance(backend, HfBackend) else backend._trainer.runs  # type: ignore[attr-defined]
+    run = runs[run_id]
     return flatten(named_tensors(run.layout, run.gradient.flat_P))
 
 
-def parameters(backend: DecoderBackend, run_id: str) -> Tensor:
+def parameters(backend: Backend, run_id: str) -> Tensor:
     return flatten(backend.export_state(run_id).tensors)
 
 
@@ -315,7 +319,7 @@ def request(prompt: Sequence[int], **options: Any) -> GenerateRequest:
     return GenerateRequest(tuple(int(token) for token in prompt), **{**defaults, **options})
 
 
-def generate(backend: DecoderBackend, *requests: GenerateRequest) -> list[Generation]:
+def generate(backend: Backend, *requests: GenerateRequest) -> list[Generation]:
     """Put all requests into one batch and run it until every one has ended; answers in their order."""
     numbers = [backend.add_request(given) for given in requests]
     done: dict[int, Generation] = {}

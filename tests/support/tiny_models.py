@@ -124,6 +124,56 @@ def tiny_config(family: Family, *, tied: bool, sizes: TinyShape) -> Any:
     raise ValueError(f"no tiny model of family {family!r}; there are {', '.join(FAMILIES)}")
 
 
+def write_tiny_transformers(folder: Path, model_type: str, *, context: int = 2048, seed: int = 0) -> Path:
+    """A tiny model of another kind that AutoModelForCausalLM knows, sized as TinyShape; three layers, no tokenizer."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    sizes = TinyShape()
+    config = AutoConfig.for_model(
+        model_type,
+        vocab_size=sizes.vocab_size,
+        hidden_size=sizes.hidden,
+        num_hidden_layers=3,
+        num_attention_heads=sizes.heads,
+        bos_token_id=None,
+        pad_token_id=None,
+        eos_token_id=sizes.vocab_size - 3,
+        **_own_sizes(model_type, sizes, context),
+    )
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    _fill_with_random_weights(model, seed)
+    model.save_pretrained(folder)
+    return folder
+
+
+def _own_sizes(model_type: str, sizes: TinyShape, context: int) -> dict[str, Any]:
+    """Fields that not every kind of model has."""
+    width = {"intermediate_size": sizes.intermediate}
+    grouped = {**width, "num_key_value_heads": sizes.kv_heads, "max_position_embeddings": context}
+    match model_type:
+        case "gemma2" | "gemma3_text":  # layers in turns with and without a window
+            kinds = ["sliding_attention", "full_attention", "sliding_attention"]
+            return {**grouped, "head_dim": 16, "sliding_window": 32, "layer_types": kinds}
+        case "phi3":
+            return grouped
+        case "qwen3_moe":
+            return {**grouped, "head_dim": 32, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
+        case "mixtral":
+            return {**grouped, "num_local_experts": 4, "num_experts_per_tok": 2}
+        case "gpt_neox" | "bert":
+            return {**width, "max_position_embeddings": context}
+        case "opt":
+            return {"ffn_dim": sizes.intermediate, "max_position_embeddings": context}
+        case "trocr":
+            return {"d_model": sizes.hidden, "decoder_layers": 1, "decoder_attention_heads": 4, "decoder_ffn_dim": 64}
+        case "gpt2":
+            return {"n_positions": context}
+        case "mamba":
+            return {"state_size": 4}
+    raise ValueError(f"no tiny model of type {model_type!r}")
+
+
 def _fill_with_random_weights(model: Any, seed: int) -> None:
     """Large matrices (logits far from flat), norms away from one and biases away from zero: a term left out shows."""
     import torch

@@ -26,9 +26,23 @@ _core_pid: int | None = None
 
 
 def _make_backend(folder: Path, name: str, settings: Settings) -> Backend:
-    from mint.engine.decoder_backend import DecoderBackend  # loads torch, so only when something is computed
+    """MinT's own decoder where it covers the model, else transformers; MINT_BACKEND decides for both."""
+    # loads torch, and transformers longer still, so only when something is computed
+    from mint.engine.models.config import uncovered
+    from mint.engine.models.weights import read_json
 
-    return DecoderBackend(folder, name, settings)
+    config = read_json(folder / "config.json")
+    gap = uncovered(config)
+    if settings.backend == "decoder" or (settings.backend is None and gap is None):
+        from mint.engine.decoder_backend import DecoderBackend
+
+        return DecoderBackend(folder, name, settings)
+    from mint.engine.hf.backend import HfBackend
+
+    reason = "MINT_BACKEND=hf" if settings.backend else f"MinT's own decoder does not cover {gap}"
+    architecture = ", ".join(config.get("architectures") or [str(config.get("model_type"))])
+    logger.info("%s: run through transformers (no speed claimed): %s", architecture, reason)
+    return HfBackend(folder, name, settings)
 
 
 def connect(base_url: str | None, api_key: str | None) -> Service:

@@ -60,7 +60,7 @@ class ServiceClient:
 
         Loads the base model if need be. Raises InputError on arguments that cannot be used, ModelNotFoundError,
         ModelAccessError or HubUnreachableError where the model cannot be had, UnsupportedError for an architecture that
-        MinT does not run.
+        neither MinT nor transformers runs.
         """
         refuse("optimizer", optimizer)
         lora = LoraConfig(rank=rank, seed=seed, train_mlp=train_mlp, train_attn=train_attn, train_unembed=train_unembed)

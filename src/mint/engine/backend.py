@@ -27,8 +27,9 @@ CustomLoss = Callable[[Sequence[Any]], tuple[Any, Metrics]]
 
 @dataclass(frozen=True, slots=True)
 class BackendLimits:
-    """What this backend can do, asked once instead of probed."""
+    """What this backend can do, asked once instead of probed. backend: "decoder" (MinT's own) or "transformers"."""
 
+    backend: str
     base_model: str
     architecture: str
     vocab_size: int

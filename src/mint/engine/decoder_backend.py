@@ -22,22 +22,15 @@ from mint.engine.backend import (
     RunReport,
 )
 from mint.engine.device import choose_device, keep_freed_memory, memory_limit
-from mint.engine.lora import (
-    AdapterWeights,
-    Segment,
-    adapter_layout,
-    adapter_weights,
-    flat_from_named,
-    initial_parameters,
-    named_tensors,
-)
+from mint.engine.lora import AdapterWeights, Segment, adapter_layout, adapter_weights
 from mint.engine.models.decoder import Decoder, PackedRow
 from mint.engine.models.head import Head, Targets, rows_per_chunk
 from mint.engine.models.weights import load_weights, read_config, read_json
-from mint.engine.optim import AdamState
-from mint.engine.plan import Plan, make_plan
-from mint.engine.sampling.sampler import Sampler, top_logprobs
-from mint.engine.training import Trainer, TrainingRun
+from mint.engine.plan import make_plan
+from mint.engine.runs import TrainingRun, flat_parameters
+from mint.engine.sampling.choose import top_logprobs
+from mint.engine.sampling.sampler import Sampler
+from mint.engine.training import Trainer
 from mint.engine.workspace import Workspace
 from mint.errors import ClosedError
 from mint.settings import Settings
@@ -72,6 +65,7 @@ class DecoderBackend:
         self._closed = False
         self._base_bytes = weights.num_bytes()
         self._limits = BackendLimits(
+            backend="decoder",
             base_model=name,
             architecture=str((read_json(folder / "config.json").get("architectures") or [config.model_type])[0]),
             vocab_size=config.vocab_size,
@@ -100,41 +94,19 @@ class DecoderBackend:
         element_size = torch.empty(0, dtype=decoder.dtype).element_size()
         free = self._memory - self._base_bytes
         plan = make_plan(decoder.config, element_size, free, self._settings.max_tokens_per_pass)
-        params_P = initial_parameters(layout, seed).to(self._device.torch_device)
-        self._trainer.runs[run_id] = TrainingRun(layout, params_P, plan, decoder.dtype)
-        return self._report(run_id)
-
-    def _report(self, run_id: str) -> RunReport:
-        run, limits = self._trainer.runs[run_id], self._limits
-        plan = RunPlan(
-            run.plan.max_tokens_per_pass, run.plan.max_tokens, limits.dtype, limits.num_threads, limits.torch_version
-        )
-        return RunReport(tuple(m.name for m in run.layout.modules), run.layout.size, plan)
+        self._trainer.runs[run_id] = TrainingRun(layout, seed, plan, decoder.device, decoder.dtype)
+        return self._trainer.runs[run_id].report(self._limits)
 
     def use_plan(self, run_id: str, plan: RunPlan) -> RunReport:
-        self._warn_if_bits_differ(plan)
-        self._trainer.runs[run_id].plan = Plan(plan.max_tokens_per_pass, plan.max_tokens)
-        return self._report(run_id)
-
-    def _warn_if_bits_differ(self, plan: RunPlan) -> None:
-        now = {
-            "dtype": self._limits.dtype,
-            "num_threads": self._limits.num_threads,
-            "torch_version": self._limits.torch_version,
-        }
-        changed = [
-            f"{key} {getattr(plan, key)} -> {value}" for key, value in now.items() if getattr(plan, key) != value
-        ]
-        if changed:
-            logger.warning(
-                "this run was trained with other settings (%s): it goes on, but not bit for bit", ", ".join(changed)
-            )
+        run = self._trainer.runs[run_id]
+        run.follow(plan, self._limits)
+        return run.report(self._limits)
 
     def remove_run(self, run_id: str) -> None:
         del self._trainer.runs[run_id]
 
     def check_training_input(self, run_id: str, training_input: TrainingInput) -> None:
-        self._trainer.check(run_id, training_input)
+        self._trainer.runs[run_id].check(training_input, self._limits)
 
     @torch.inference_mode()
     def forward(self, parts: Sequence[Part]) -> Generator[None, None, list[PartResult]]:
@@ -157,23 +129,11 @@ class DecoderBackend:
         return self._trainer.runs[run_id].optim_step(params)
 
     def export_state(self, run_id: str) -> AdapterState:
-        run = self._trainer.runs[run_id]
-        tensors, exp_avg, exp_avg_sq = (
-            {name: tensor.numpy() for name, tensor in named_tensors(run.layout, flat_P).items()}
-            for flat_P in (run.params_P, run.adam.exp_avg_P, run.adam.exp_avg_sq_P)
-        )
-        return AdapterState(tensors, exp_avg, exp_avg_sq, run.adam.step)
+        return self._trainer.runs[run_id].export_state()
 
     @torch.inference_mode()
     def import_state(self, run_id: str, state: AdapterState, *, optimizer: bool) -> None:
-        run, device = self._trainer.runs[run_id], self._device.torch_device
-        params_P, exp_avg_P, exp_avg_sq_P = (
-            flat_from_named(run.layout, {k: torch.from_numpy(v) for k, v in tensors.items()}).to(device)
-            if tensors is state.tensors or optimizer
-            else torch.zeros(run.layout.size, device=device)
-            for tensors in (state.tensors, state.exp_avg, state.exp_avg_sq)
-        )
-        run.replace(params_P, AdamState(exp_avg_P, exp_avg_sq_P, state.step if optimizer else 0))
+        self._trainer.runs[run_id].import_state(state, optimizer=optimizer)
 
     # sampling
 
@@ -185,8 +145,8 @@ class DecoderBackend:
     @torch.inference_mode()
     def add_snapshot(self, lora: LoraConfig, state: AdapterState) -> int:
         layout = adapter_layout(self._trainer.decoder.config, lora)
-        flat_P = flat_from_named(layout, {k: torch.from_numpy(v) for k, v in state.tensors.items()})
-        return self._keep(adapter_weights(layout, flat_P.to(self._device.torch_device), self._device.dtype))
+        flat_P = flat_parameters(layout, state.tensors).to(self._device.torch_device)
+        return self._keep(adapter_weights(layout, flat_P, self._device.dtype))
 
     def _keep(self, weights: AdapterWeights) -> int:
         self._next_handle += 1

@@ -8,7 +8,7 @@ parameters of an adapter.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -66,7 +66,7 @@ class AdapterLayout:
 
 def adapter_layout(model: DecoderConfig, lora: LoraConfig) -> AdapterLayout:
     """The modules that train_attn, train_mlp and train_unembed choose, in a fixed order."""
-    hidden, width, rank = model.hidden_size, model.intermediate_size, lora.rank
+    hidden, width = model.hidden_size, model.intermediate_size
     attn = [
         (QKV, hidden, {"q_proj": model.q_size, "k_proj": model.kv_size, "v_proj": model.kv_size}, "self_attn"),
         (O, model.q_size, {"o_proj": hidden}, "self_attn"),
@@ -76,13 +76,19 @@ def adapter_layout(model: DecoderConfig, lora: LoraConfig) -> AdapterLayout:
         (DOWN, width, {"down_proj": hidden}, "mlp"),
     ]
     per_layer = (attn if lora.train_attn else []) + (mlp if lora.train_mlp else [])
-    planned = [
+    planned: list[tuple[Site, int, Mapping[str, int]]] = [
         ((layer, site), num_in, {f"model.layers.{layer}.{part}.{name}": size for name, size in outs.items()})
         for layer in range(model.num_layers)
         for site, num_in, outs, part in per_layer
     ]
     if lora.train_unembed:
         planned.append((UNEMBED_SITE, hidden, {"lm_head": model.vocab_size}))
+    return lay_out(lora, planned)
+
+
+def lay_out(lora: LoraConfig, planned: Sequence[tuple[Site, int, Mapping[str, int]]]) -> AdapterLayout:
+    """The sites (site, inputs, outputs of each module by name) one after the other in the flat vector."""
+    rank = lora.rank
     sites, offset = [], 0
     for site, num_in, outs in planned:
         a_offset, b_offset, row, modules = offset, offset + len(outs) * rank * num_in, 0, []

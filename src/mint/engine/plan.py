@@ -49,13 +49,18 @@ def make_plan(config: DecoderConfig, element_size: int, free_bytes: int, asked: 
     """
     usable = free_bytes * 3 // 4 - fixed_bytes(config, element_size)
     most = min(usable // bytes_per_token(config, element_size), config.max_context)
-    if most < min(MIN_TOKENS_PER_PASS, config.max_context):
+    refuse_small(most, free_bytes, config.max_context)
+    per_pass = asked or BEST_TOKENS_PER_PASS
+    return Plan(min(per_pass, max(usable // bytes_per_token(config, element_size), 1)), most)
+
+
+def refuse_small(most: int, free_bytes: int, max_context: int) -> None:
+    """Raises InputError where `most` tokens in a pass are too few to train with."""
+    if most < min(MIN_TOKENS_PER_PASS, max_context):
         raise InputError(
             f"memory: {free_bytes / 2**30:.1f} GiB beside the base model hold a training pass of {max(most, 0)} tokens; "
             f"at least {MIN_TOKENS_PER_PASS} are needed. Take a smaller base model or a machine with more memory"
         )
-    per_pass = asked or BEST_TOKENS_PER_PASS
-    return Plan(min(per_pass, max(usable // bytes_per_token(config, element_size), 1)), most)
 
 
 def split_into_passes(lengths: Sequence[int], max_tokens: int) -> list[range]:

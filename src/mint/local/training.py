@@ -93,6 +93,7 @@ class TrainingOps:
             seed=record.seed,
             lora_modules=list(run.report.modules),
             num_parameters=run.report.num_parameters,
+            backend=limits.backend,
             device=limits.device,
             dtype=limits.dtype,
             num_threads=limits.num_threads,

@@ -103,7 +103,10 @@ class ModelData(BaseModel):
 
 
 class GetInfoResponse(BaseModel):
-    """What a run is. lora_modules, num_parameters, device, dtype, num_threads and max_tokens_per_pass are MinT's own."""
+    """What a run is. lora_modules and everything below it are MinT's own fields.
+
+    backend: "decoder" (MinT's own) or "transformers".
+    """
 
     model_config = ConfigDict(frozen=True, protected_namespaces=())
 
@@ -115,6 +118,7 @@ class GetInfoResponse(BaseModel):
     seed: int | None = None
     lora_modules: list[str] = Field(default_factory=list)
     num_parameters: int | None = None
+    backend: str | None = None
     device: str | None = None
     dtype: str | None = None
     num_threads: int | None = None

@@ -1,7 +1,7 @@
 """`DecoderConfig`: what distinguishes one dense decoder from another, read from a Hugging Face config.json. No torch.
 
-Covered: Llama (SmolLM2 is one), Mistral, Qwen2, Qwen3. Whatever the decoder does not compute is refused by name here,
-before any weight is read.
+Covered: Llama (SmolLM2 is one), Mistral, Qwen2, Qwen3. What the decoder does not compute is named here, before any weight
+is read.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 from mint.errors import InputError, UnsupportedError
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,13 +63,12 @@ def decoder_config(raw: Mapping[str, Any], generation: Mapping[str, Any] | None 
 
     Raises UnsupportedError naming what the decoder does not cover, InputError naming a missing or impossible value.
     """
-    model_type = raw.get("model_type")
-    if model_type not in MODEL_TYPES:
+    refuse_quantised(raw)
+    if reason := uncovered(raw):
         raise UnsupportedError(
-            f"architecture {model_type!r} ({', '.join(raw.get('architectures') or ['?'])}) is not supported; "
-            f"supported model types: {', '.join(MODEL_TYPES)}"
+            f"MinT's own decoder does not cover {reason}. Unset MINT_BACKEND to run it through transformers"
         )
-    _refuse_unknown_arithmetic(raw)
+    model_type = raw["model_type"]
     heads = _positive(raw, "num_attention_heads")
     hidden = _positive(raw, "hidden_size")
     kv_heads = int(raw.get("num_key_value_heads") or heads)
@@ -95,7 +95,7 @@ def decoder_config(raw: Mapping[str, Any], generation: Mapping[str, Any] | None 
         mlp_bias=model_type == "llama" and bool(raw.get("mlp_bias", False)),
         qk_norm=model_type == "qwen3",
         rope=_rope(raw, head_dim),
-        eos_token_ids=_eos_token_ids(raw, generation or {}),
+        eos_token_ids=eos_token_ids(raw, generation or {}),
     )
 
 
@@ -106,13 +106,28 @@ def _positive(raw: Mapping[str, Any], key: str) -> int:
     return value
 
 
-def _refuse_unknown_arithmetic(raw: Mapping[str, Any]) -> None:
+def refuse_quantised(raw: Mapping[str, Any]) -> None:
+    """Raises UnsupportedError: no Backend computes with quantised weights."""
     if raw.get("quantization_config"):
         method = dict(raw["quantization_config"]).get("quant_method", "unknown")
         raise UnsupportedError(f"quantised weights ({method}) are not supported; use the model's bf16 or fp32 weights")
+
+
+def uncovered(raw: Mapping[str, Any]) -> str | None:
+    """What of the model in this config.json the decoder does not compute, and what it does; None: it computes it."""
+    model_type = raw.get("model_type")
+    if model_type not in MODEL_TYPES:
+        names = ", ".join(raw.get("architectures") or ["?"])
+        return f"model type {model_type!r} ({names}); covered: {', '.join(MODEL_TYPES)}"
     activation = raw.get("hidden_act", "silu")
     if activation not in ("silu", "swish"):
-        raise UnsupportedError(f"hidden_act {activation!r} is not supported; supported: silu")
+        return f"hidden_act {activation!r}; covered: silu"
+    rope, kind = _rope_parameters(raw)
+    if float(rope.get("partial_rotary_factor") or raw.get("partial_rotary_factor") or 1.0) != 1.0:
+        return "partial rotary embeddings"
+    if kind not in ROPE_TYPES:
+        return f"RoPE scaling {kind!r}; covered: {', '.join(ROPE_TYPES)}"
+    return None
 
 
 def _max_context(raw: Mapping[str, Any]) -> int:
@@ -123,26 +138,27 @@ def _max_context(raw: Mapping[str, Any]) -> int:
     return min(longest, int(window)) if window and sliding else longest
 
 
-def _eos_token_ids(raw: Mapping[str, Any], generation: Mapping[str, Any]) -> tuple[int, ...]:
+def eos_token_ids(raw: Mapping[str, Any], generation: Mapping[str, Any]) -> tuple[int, ...]:
+    """End-of-text tokens of config.json and generation_config.json together."""
     ids: set[int] = set()
     for value in (raw.get("eos_token_id"), generation.get("eos_token_id")):
         ids.update([value] if isinstance(value, int) else value or [])
     return tuple(sorted(ids))
 
 
+def _rope_parameters(raw: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
+    """The parameters and the type; newer files hold everything in rope_parameters, older ones beside rope_scaling."""
+    rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
+    return rope, str(rope.get("rope_type") or rope.get("type") or "default")
+
+
 def _rope(raw: Mapping[str, Any], head_dim: int) -> RopeConfig:
     """Inverse frequencies. Sources: RoFormer (2104.09864), YaRN (2309.00071), Llama 3.1's frequency rescaling."""
-    # newer files hold everything in rope_parameters, older ones rope_theta beside rope_scaling
-    rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
-    kind = rope.get("rope_type") or rope.get("type") or "default"
+    rope, kind = _rope_parameters(raw)
     theta = float(rope.get("rope_theta") or raw.get("rope_theta") or 10_000.0)
-    if float(rope.get("partial_rotary_factor") or raw.get("partial_rotary_factor") or 1.0) != 1.0:
-        raise UnsupportedError("partial rotary embeddings are not supported")
     plain = [theta ** (-i / head_dim) for i in range(0, head_dim, 2)]
     if kind == "default":
         return RopeConfig(tuple(plain), 1.0)
-    if kind not in ("linear", "llama3", "yarn"):
-        raise UnsupportedError(f"RoPE scaling {kind!r} is not supported; supported: default, linear, llama3, yarn")
     original = int(rope.get("original_max_position_embeddings") or raw.get("max_position_embeddings") or 0)
     factor = float(rope.get("factor") or _positive(raw, "max_position_embeddings") / original)
     if kind == "linear":

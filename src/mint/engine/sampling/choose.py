@@ -22,6 +22,9 @@ class Choice:
     uniform: float
 
 
+GREEDY = Choice(temperature=0.0, top_k=-1, top_p=1.0, uniform=0.0)
+
+
 def choose(logits_BV: Tensor, choices: list[Choice]) -> list[int]:
     """One token per row by inverting the cumulative distribution after temperature, top-k, then top-p."""
     device = logits_BV.device
@@ -60,3 +63,10 @@ def log_normaliser(logits_BV: Tensor) -> Tensor:
     """log sum exp of each row at temperature 1, float64 [B]."""
     max_B = logits_BV.amax(-1, keepdim=True).float()
     return (logits_BV - max_B).exp_().sum(-1, dtype=torch.float64).log_() + max_B[:, 0].double()
+
+
+def top_logprobs(logits_BV: Tensor, k: int) -> list[list[tuple[int, float]]]:
+    """The k likeliest tokens of each row with their logprobs, likeliest first."""
+    values, tokens = logits_BV.float().topk(min(k, logits_BV.shape[1]), dim=-1)
+    logprobs = (values.double() - log_normaliser(logits_BV)[:, None]).tolist()
+    return [list(zip(ids, row, strict=True)) for ids, row in zip(tokens.tolist(), logprobs, strict=True)]

@@ -14,21 +14,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from mint.engine.backend import GenerateRequest, Generation, StopCheck
+from mint.engine.backend import GenerateRequest, Generation
 from mint.engine.lora import UNEMBED_SITE, AdapterWeights, Segment
 from mint.engine.models.attention import attend
 from mint.engine.models.decoder import Attention, Decoder, PackedRow
 from mint.engine.models.head import Head
 from mint.engine.models.linear import Linear
 from mint.engine.sampling.cache import PrefixCache, SequenceCache
-from mint.engine.sampling.choose import Choice, choose, log_normaliser
+from mint.engine.sampling.choose import GREEDY, choose, log_normaliser, top_logprobs
+from mint.engine.sampling.sequence import GrowingSequence, new_sequence
 from mint.errors import ClosedError
-from mint.types.results import SampledSequence, StopReason
 
 MAX_ROWS = 32
 MAX_SEQUENCES = 64  # growing at once; further requests wait, so that caches stay bounded
@@ -36,19 +35,7 @@ PREFILL_CHUNK = 256  # of one prompt
 PREFILL_ROWS = 256  # of one pass; rounded up to a multiple of ROW_STEP, so that few shapes occur
 ROW_STEP = 32
 
-
-@dataclass(slots=True, repr=False)
-class _Sequence:
-    """One sequence of a request; its last token is not in the cache yet."""
-
-    index: int
-    cache: SequenceCache
-    random: np.random.Generator
-    stop_check: StopCheck | None
-    tokens: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    topk: list[list[tuple[int, float]] | None] = field(default_factory=list)
-    stop_reason: StopReason | None = None
+_Sequence = GrowingSequence[SequenceCache]
 
 
 @dataclass(slots=True, repr=False)
@@ -76,9 +63,7 @@ class _Request:
         for i in range(self.given.num_samples):
             last = i == self.given.num_samples - 1
             cache = self.prompt_cache if last else self.prompt_cache.fork()
-            key = np.array([self.given.seed % 2**64, i], np.uint64)
-            check = self.given.new_stop_check() if self.given.new_stop_check is not None else None
-            self.sequences.append(_Sequence(i, cache, np.random.Generator(np.random.Philox(key=key)), check))
+            self.sequences.append(new_sequence(self.given, i, cache))
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -110,11 +95,6 @@ def _segments(rows: list[_Row]) -> list[Segment]:
         segments.append(Segment(start, start + len(members), members[0].request.weights))
         start += len(members)
     return segments
-
-
-def _choice(row: _Row) -> Choice:
-    given, uniform = row.request.given, 0.0 if row.sequence is None else row.sequence.random.random()
-    return Choice(given.temperature, given.top_k, given.top_p, uniform)
 
 
 class Sampler:
@@ -210,7 +190,7 @@ class Sampler:
         done = [r for r in self._requests.values() if r.prefilled and not r.growing()]
         for request in done:
             del self._requests[request.number]
-        return [Generation(r.number, [_sampled(s) for s in r.sequences], r.cached_tokens) for r in done]
+        return [Generation(r.number, [s.finished() for s in r.sequences], r.cached_tokens) for r in done]
 
     def _forward(
         self, tokens: list[int], positions: list[int], segments: list[Segment], attention: Attention
@@ -301,17 +281,13 @@ class Sampler:
             if (lora := segment.at(UNEMBED_SITE)) is not None:
                 part = slice(segment.start, segment.end)
                 logits_BV[part].addmm_(normed_BD[part] @ lora.a_RI.t(), lora.b_OR.t())
-        tokens = choose(logits_BV, [_choice(row) for row in rows])
+        tokens = choose(logits_BV, [row.sequence.choice() if row.sequence is not None else GREEDY for row in rows])
         logprobs = self._logprobs(normed_BD, logits_BV, tokens, segments)
         for i, row in enumerate(rows):
-            given, sequence = row.request.given, row.sequence
-            if sequence is None:
-                continue
-            sequence.tokens.append(tokens[i])
-            sequence.logprobs.append(logprobs[i])
-            if given.num_topk:
-                sequence.topk.append(top_logprobs(logits_BV[i : i + 1], given.num_topk)[0])
-            sequence.stop_reason = _stop_reason(given, sequence)
+            if row.sequence is not None:
+                num_topk = row.request.given.num_topk
+                topk = top_logprobs(logits_BV[i : i + 1], num_topk)[0] if num_topk else None
+                row.sequence.extend(tokens[i], logprobs[i], topk)
 
     def _logprobs(
         self, normed_BD: Tensor, logits_BV: Tensor, tokens: list[int], segments: list[Segment]
@@ -332,31 +308,6 @@ class Sampler:
         corrected_B = 1 - (rounded_B - normaliser_B).exp() + (exact_B - normaliser_B).exp()
         result = (exact_B - normaliser_B - corrected_B.log()).tolist()
         return result
-
-
-def top_logprobs(logits_BV: Tensor, k: int) -> list[list[tuple[int, float]]]:
-    """The k likeliest tokens of each row with their logprobs, likeliest first."""
-    values, tokens = logits_BV.float().topk(min(k, logits_BV.shape[1]), dim=-1)
-    logprobs = (values.double() - log_normaliser(logits_BV)[:, None]).tolist()
-    return [list(zip(ids, row, strict=True)) for ids, row in zip(tokens.tolist(), logprobs, strict=True)]
-
-
-def _stop_reason(given: GenerateRequest, sequence: _Sequence) -> StopReason | None:
-    token = sequence.tokens[-1]
-    complete = sequence.stop_check is not None and sequence.stop_check(token)
-    if token in given.stop_tokens or complete:
-        return "stop"
-    return "length" if len(sequence.tokens) >= given.max_new else None
-
-
-def _sampled(sequence: _Sequence) -> SampledSequence:
-    assert sequence.stop_reason is not None
-    return SampledSequence(
-        stop_reason=sequence.stop_reason,
-        tokens=sequence.tokens,
-        logprobs=sequence.logprobs,
-        topk_logprobs=sequence.topk or None,
-    )
 
 
 def rows_are_independent(decoder: Decoder, counts: Sequence[int]) -> bool:

@@ -1,0 +1,85 @@
+"""Sampling without batching: every sequence is decoded by itself, so that no kernel's choice ties it to its neighbours.
+
+Shape letter: V vocabulary.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mint.engine.backend import GenerateRequest, Generation
+from mint.engine.hf.model import CausalModel
+from mint.engine.lora import AdapterWeights
+from mint.engine.sampling.choose import choose, log_normaliser, top_logprobs
+from mint.engine.sampling.sequence import GrowingSequence, new_sequence
+
+MAX_SEQUENCES = 64  # growing at once; further requests wait, so that caches stay bounded
+
+
+@dataclass(slots=True, repr=False)
+class _Request:
+    number: int
+    given: GenerateRequest
+    weights: AdapterWeights  # held here, so that a snapshot may be dropped while it is in use
+    sequences: list[GrowingSequence[Any]] = field(default_factory=list)  # they start when the prompt is prefilled
+
+    def growing(self) -> list[GrowingSequence[Any]]:
+        return [s for s in self.sequences if s.stop_reason is None]
+
+
+class SequenceSampler:
+    def __init__(self, model: CausalModel) -> None:
+        self._model = model
+        self._requests: OrderedDict[int, _Request] = OrderedDict()
+        self._next = 0
+
+    @property
+    def num_requests(self) -> int:
+        return len(self._requests)
+
+    def add(self, given: GenerateRequest, weights: AdapterWeights) -> int:
+        self._next += 1
+        self._requests[self._next] = _Request(self._next, given, weights)
+        return self._next
+
+    def cancel(self, number: int) -> None:
+        self._requests.pop(number, None)
+
+    @torch.no_grad()  # not inference mode: what a model keeps from here must not break a later backward
+    def step(self) -> list[Generation]:
+        """One whole prompt where one waits and there is room, else a token for every sequence."""
+        waiting = next((r for r in self._requests.values() if not r.sequences), None)
+        growing = [(r, s) for r in self._requests.values() for s in r.growing()]
+        if waiting is not None and (not growing or len(growing) + waiting.given.num_samples <= MAX_SEQUENCES):
+            self._prefill(waiting)
+        else:
+            for request, sequence in growing:
+                logits_1V, _ = self._model.forward(sequence.tokens[-1:], request.weights, cache=sequence.cache)
+                _extend(sequence, logits_1V)
+        done = [r for r in self._requests.values() if r.sequences and not r.growing()]
+        for request in done:
+            del self._requests[request.number]
+        return [Generation(r.number, [s.finished() for s in r.sequences], 0) for r in done]
+
+    def _prefill(self, request: _Request) -> None:
+        """Whole, because not every model's cache can take a prompt in pieces."""
+        given = request.given
+        logits_1V, cache = self._model.forward(list(given.prompt), request.weights, keep_cache=True, last_only=True)
+        for i in range(given.num_samples):
+            own = cache if i == given.num_samples - 1 else copy.deepcopy(cache)
+            request.sequences.append(new_sequence(given, i, own))
+            _extend(request.sequences[-1], logits_1V)
+
+
+def _extend(sequence: GrowingSequence[Any], logits_1V: Tensor) -> None:
+    """The next token, with its logprob at temperature 1."""
+    (token,) = choose(logits_1V, [sequence.choice()])
+    logprob = float(logits_1V[0, token].double() - log_normaliser(logits_1V)[0])
+    num_topk = sequence.given.num_topk
+    sequence.extend(token, logprob, top_logprobs(logits_1V, num_topk)[0] if num_topk else None)
