@@ -98,15 +98,15 @@ class Embedded:
 def embedded(home: Path, **settings: Any) -> Iterator[Embedded]:
     """`settings`: fields of Settings; the default is one CPU thread in float32."""
     chosen = {"device": "cpu", "dtype": "float32", "num_threads": 1} | settings
-    world = Embedded(Core(Settings(home=home, **chosen), lambda *args: _make_backend(world, *args)))
+    world = Embedded(Core(Settings(home=home, **chosen), lambda *args: make_backend(world, *args)))
     try:
         yield world
     finally:
         world.core.close()
 
 
-def _make_backend(world: Embedded, folder: Path, name: str, settings: Settings) -> Backend:
-    backend = connect._make_backend(folder, name, settings)
+def make_backend(world: Embedded, folder: Path, name: str, settings: Settings) -> Backend:
+    backend = connect.make_backend(folder, name, settings)
     world.backends.append(weakref.ref(backend))
     return backend
 

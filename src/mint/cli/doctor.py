@@ -124,11 +124,11 @@ def measured_speed(model: str, settings: Settings) -> dict[str, Any]:
     import numpy as np
 
     from mint import types
+    from mint.client.connect import make_backend
     from mint.engine.backend import GenerateRequest, Part
-    from mint.engine.decoder_backend import DecoderBackend
     from mint.types.requests import prepare_training_input
 
-    backend = DecoderBackend(folder, model, settings)
+    backend = make_backend(folder, model, settings)
     backend.add_run("probe", types.LoraConfig(rank=16, seed=0), 0)
     tokens = np.random.default_rng(0).integers(0, backend.limits.vocab_size, (PROBE_DATUMS, PROBE_LENGTH + 1))
     datums = [

@@ -22,7 +22,7 @@ from safetensors.numpy import load_file
 
 from mint import settings as settings_module
 from mint.cli.common import JsonOption, checkpoint_named, command, make_console
-from mint.client.connect import EMBEDDED_TENANT
+from mint.client.connect import EMBEDDED_TENANT, make_backend
 from mint.engine.backend import AdapterState, FloatArray
 from mint.errors import CheckpointError, InputError, MintError, OperationError, UnsupportedError
 from mint.hub import ModelSource, load_tokenizer, resolve_model
@@ -189,10 +189,8 @@ def _logprobs(
     *adapters: tuple[LoraConfig, AdapterState] | None,
 ) -> list[FloatArray]:
     """Of every token after the first, under a fresh model of `folder` with each adapter (None: without)."""
-    from mint.engine.decoder_backend import DecoderBackend
-
     scores = []
-    with contextlib.closing(DecoderBackend(folder, name, settings)) as backend:
+    with contextlib.closing(make_backend(folder, name, settings)) as backend:
         if max(tokens) >= backend.limits.vocab_size:
             raise InputError(
                 f"the tokenizer of {name!r} writes token {max(tokens)}, its model knows {backend.limits.vocab_size} "

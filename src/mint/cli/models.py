@@ -102,7 +102,10 @@ def show(name: ModelArgument, as_json: JsonOption = False) -> None:
 def _facts(folder: Path) -> dict[str, Any]:
     import json
 
+    from mint.engine.models.config import uncovered
+
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    gap = uncovered(config)
     text = config.get("text_config", config)
     names = {
         "num_hidden_layers": "layers", "hidden_size": "hidden size", "vocab_size": "vocabulary",
@@ -111,6 +114,7 @@ def _facts(folder: Path) -> dict[str, Any]:
     parameters, dtypes = _weights(folder)
     return {
         "architecture": ", ".join(config.get("architectures") or [str(config.get("model_type"))]),
+        "runs on": "MinT's own decoder" if gap is None else f"transformers (the decoder does not cover {gap})",
         "parameters": parameters,
         "stored as": ", ".join(sorted(dtypes)),
         "bytes": _bytes(folder),

@@ -25,7 +25,7 @@ _core: Core | None = None
 _core_pid: int | None = None
 
 
-def _make_backend(folder: Path, name: str, settings: Settings) -> Backend:
+def make_backend(folder: Path, name: str, settings: Settings) -> Backend:
     """MinT's own decoder where it covers the model, else transformers; MINT_BACKEND decides for both."""
     # loads torch, and transformers longer still, so only when something is computed
     from mint.engine.models.config import uncovered
@@ -66,7 +66,7 @@ def connect(base_url: str | None, api_key: str | None) -> Service:
             _core.close()
             _core = None
         if _core is None or _core_pid != os.getpid():  # a forked child may build a service of its own
-            _core, _core_pid = Core(settings, _make_backend), os.getpid()
+            _core, _core_pid = Core(settings, make_backend), os.getpid()
             atexit.register(_core.close)
             logger.info("MinT runs inside this process; runs and checkpoints are kept in %s", settings.home)
             if api_key or settings.api_key:
