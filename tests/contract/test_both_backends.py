@@ -78,7 +78,9 @@ def backend(kind: str, tiny_model: str) -> Backend:
 # training
 
 
-def test_the_setting_decides_and_the_answer_says_so(world: Embedded, run: mint.TrainingClient, kind: str) -> None:
+def test_the_setting_decides_and_the_answer_says_so(
+    world: Embedded, run: mint.TrainingClient, kind: str, tiny_model: str
+) -> None:
     loaded = world.backends[0]()
     assert isinstance(loaded, {"decoder": DecoderBackend, "hf": HfBackend}[kind])
     info = run.get_info()
@@ -86,6 +88,9 @@ def test_the_setting_decides_and_the_answer_says_so(world: Embedded, run: mint.T
     assert (info.model_data.arch, info.device, info.dtype) == ("Qwen3ForCausalLM", "cpu", "float32")
     assert len(info.lora_modules) == 15 and info.lora_modules[-1] == "lm_head"
     assert info.num_parameters == flatten(world.state(run).tensors).numel()
+    models = {model.model_name: model for model in world.client().get_server_capabilities().supported_models}
+    assert (models[tiny_model].backend, models[tiny_model].max_context_length) == (info.backend, 512)
+    assert (models["SmolLM2-135M-Instruct"].backend, models["SmolLM2-135M-Instruct"].trainable) == (None, True)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

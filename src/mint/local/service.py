@@ -46,10 +46,12 @@ class LocalService:
     def capabilities(self) -> Future[GetServerCapabilitiesResponse]:
         self._core.check_process()
         loaded = [backend.limits for backend in list(self._core.backends.values())]
-        contexts: dict[str, int | None] = dict.fromkeys(PACKAGED_MODELS)
-        contexts.update({limits.base_model: limits.max_context for limits in loaded})
-        models = [SupportedModel(model_name=name, max_context_length=length) for name, length in contexts.items()]
-        return done(GetServerCapabilitiesResponse(supported_models=models))
+        models = {name: SupportedModel(model_name=name) for name in PACKAGED_MODELS}
+        for limits in loaded:
+            models[limits.base_model] = SupportedModel(
+                model_name=limits.base_model, max_context_length=limits.max_context, backend=limits.backend
+            )
+        return done(GetServerCapabilitiesResponse(supported_models=list(models.values())))
 
     def create_session(self, user_metadata: dict[str, str], display_name: str | None = None) -> Future[str]:
         self._core.check_process()

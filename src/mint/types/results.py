@@ -126,12 +126,15 @@ class GetInfoResponse(BaseModel):
 
 
 class SupportedModel(BaseModel):
+    """backend, of a loaded model and MinT's own field: "decoder" or "transformers"."""
+
     model_config = ConfigDict(frozen=True, protected_namespaces=())
 
     model_name: str | None = None
     max_context_length: int | None = None
     trainable: bool = True
     sampleable: bool = True
+    backend: str | None = None
 
 
 class GetServerCapabilitiesResponse(BaseModel):
