@@ -102,7 +102,7 @@ def test_what_is_submitted_behind_the_close_is_told(
 ) -> None:
     run = client.create_lora_training_client(tiny_model, rank=4, seed=0)
     with world.held():
-        closing = client._service.close_session(client._session_id)
+        closing = client._service.close_session(client._session.id)
         late = run.forward(batch())
     closing.result(GUARD)
     with pytest.raises(ClosedError, match=f"run {run.model_id} was unloaded before this operation ran"):
@@ -115,7 +115,7 @@ def test_a_sample_in_flight_hears_that_its_model_is_gone(
     sampler = client.create_sampling_client(base_model=tiny_model)
     with world.held():
         future = sampler.sample(prompt(), 4, ENDLESS)
-        closing = client._service.close_session(client._session_id)
+        closing = client._service.close_session(client._session.id)
     closing.result(GUARD)
     with pytest.raises(ClosedError, match="the session was closed while this sample was waiting or running"):
         future.result(GUARD)
@@ -193,7 +193,7 @@ def test_a_run_whose_session_closes_while_it_loads_is_not_left_behind(
         return resolve(*args, **kwargs)
 
     monkeypatch.setattr(training, "resolve_model", slow)
-    future = client._service.create_run(RunSpec(client._session_id, tiny_model, types.LoraConfig(rank=2), {}))
+    future = client._service.create_run(RunSpec(client._session.id, tiny_model, types.LoraConfig(rank=2), {}))
     assert resolving.wait(GUARD)
     client.close()
     go_on.set()
@@ -237,4 +237,4 @@ def test_a_run_that_cannot_be_made_is_not_listed(
 def test_a_heartbeat_of_a_closed_session_says_so(client: mint.ServiceClient) -> None:
     client.close()
     with pytest.raises(ClosedError):
-        client._service.heartbeat(client._session_id).result(GUARD)
+        client._service.heartbeat(client._session.id).result(GUARD)

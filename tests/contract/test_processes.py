@@ -27,7 +27,7 @@ LEAVE = """
     kept = [sampler.sample(prompt(i), 8, endless) for i in range(8)]
     kept += [run.forward_backward(batch(i)) for i in range(200)]
     kept.append(run.save_state("never-waited-for"))
-    service._service.create_sampling_session(service._session_id, model, None)
+    service._service.create_sampling_session(service._session.id, model, None)
     assert not kept[-1].done()
     print("left")
 """

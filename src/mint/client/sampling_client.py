@@ -8,6 +8,7 @@ from collections.abc import Generator
 from typing import Any, NoReturn
 
 from mint.client.futures import APIFuture
+from mint.client.session import OpenSession
 from mint.errors import ClosedError
 from mint.hub import load_tokenizer
 from mint.service import Service
@@ -18,9 +19,10 @@ from mint.types.requests import SampleInput, prepare_sample_input, refuse, serve
 class SamplingClient:
     """Many calls may be in flight at once; they share the running batch."""
 
-    def __init__(self, service: Service, sampling_session_id: str, base_model: str) -> None:
-        self._service, self._sampling_session_id, self._base_model = service, sampling_session_id, base_model
-        weakref.finalize(self, _close, service, sampling_session_id).atexit = False
+    def __init__(self, session: OpenSession, sampling_session_id: str, base_model: str) -> None:
+        self._session, self._service = session, session.service
+        self._sampling_session_id, self._base_model = sampling_session_id, base_model
+        weakref.finalize(self, _close, session.service, sampling_session_id).atexit = False
 
     def sample(
         self,

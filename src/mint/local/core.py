@@ -170,6 +170,8 @@ class Core:
                 self.scheduler.drop_backend(backend)
                 backend.close()
             self.backends.clear()
+            with self._lock:
+                self._decoders.clear()
 
     def close(self) -> None:
         if os.getpid() == self._pid:
