@@ -30,6 +30,7 @@ from mint.errors import (
     NumericsError,
     OperationError,
     ResultTimeoutError,
+    StorageError,
     UnsupportedError,
 )
 from mint.types import (
@@ -86,6 +87,7 @@ __all__ = [
     "SamplingParams",
     "ServiceClient",
     "StopReason",
+    "StorageError",
     "TensorData",
     "TensorDtype",
     "TrainingClient",

@@ -9,6 +9,7 @@
     |   |-- CheckpointError                 a checkpoint that is damaged, foreign or in the way
     |   `-- DataError                       a conversation or data set row that cannot be used
     |-- HubUnreachableError (ConnectionError)   a download is needed and the hub does not answer
+    |-- StorageError (OSError)              MINT_HOME cannot be written: disk full, read-only
     |-- MissingExtraError (ImportError)     an optional dependency is not installed
     |-- NumericsError (ArithmeticError)     a loss or gradient that is not finite
     |-- OperationError (RuntimeError)       an operation cannot run in the present state
@@ -56,6 +57,10 @@ class DataError(InputError):
 
 class HubUnreachableError(MintError, ConnectionError):
     """A download is needed and the hub does not answer."""
+
+
+class StorageError(MintError, OSError):
+    """MINT_HOME cannot be written: the disk is full, read-only or not there. What was saved before is kept."""
 
 
 class MissingExtraError(MintError, ImportError):

@@ -89,13 +89,15 @@ class Service(Protocol):
 
     def heartbeat(self, session_id: str) -> Future[None]: ...
 
-    def close_session(self, session_id: str) -> Future[None]: ...
+    def close_session(self, session_id: str) -> Future[None]:
+        """May be called from a finaliser, on any thread."""
 
     def create_run(self, spec: RunSpec) -> Future[GetInfoResponse]: ...
 
     def get_info(self, run_id: str) -> Future[GetInfoResponse]: ...
 
-    def unload(self, run_id: str) -> Future[UnloadModelResponse]: ...
+    def unload(self, run_id: str) -> Future[UnloadModelResponse]:
+        """May be called from a finaliser, on any thread."""
 
     def forward(
         self, run_id: str, seq_id: int | None, training_input: TrainingInput
@@ -128,7 +130,8 @@ class Service(Protocol):
 
     def get_sampler(self, sampling_session_id: str) -> Future[GetSamplerResponse]: ...
 
-    def close_sampling_session(self, sampling_session_id: str) -> Future[None]: ...
+    def close_sampling_session(self, sampling_session_id: str) -> Future[None]:
+        """May be called from a finaliser, on any thread."""
 
     def sample(
         self, sampling_session_id: str, sample_input: SampleInput, on_token: OnToken | None = None

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from mint.errors import InputError
+from mint.errors import InputError, MintError, StorageError
 
 DTYPES = ("bfloat16", "float32")
 BACKENDS = ("decoder", "hf")
@@ -55,6 +58,23 @@ class Settings:
     @property
     def downloads_dir(self) -> Path:
         return self.home / "downloads"
+
+    @contextlib.contextmanager
+    def writing(self, what: str, place: Path, num_bytes: int = 0) -> Iterator[None]:
+        """Around what writes below `home`: the system's refusal becomes StorageError. `num_bytes`: how much it takes."""
+        try:
+            yield
+        except MintError:  # some are OSErrors, too
+            raise
+        except OSError as error:
+            where = next(folder for folder in (place, *place.parents) if folder.exists())
+            takes = f"{num_bytes / 1e6:.1f} MB are needed, " if num_bytes else ""
+            raise StorageError(
+                f"{what} failed, and what was saved before is kept: {error.strerror or error} "
+                f"({error.filename or place}; {takes}{shutil.disk_usage(where).free / 1e6:.1f} MB are free there). "
+                f"Make room in MINT_HOME ({self.home}) or make it writable, then try again; "
+                "or start again with MINT_HOME set to another folder"
+            ) from error
 
 
 def _positive_int(name: str) -> int | None:

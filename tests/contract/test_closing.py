@@ -102,7 +102,7 @@ def test_what_is_submitted_behind_the_close_is_told(
 ) -> None:
     run = client.create_lora_training_client(tiny_model, rank=4, seed=0)
     with world.held():
-        closing = client._service.close_session(client._session_id)
+        closing = client._service.close_session(client._session.id)
         late = run.forward(batch())
     closing.result(GUARD)
     with pytest.raises(ClosedError, match=f"run {run.model_id} was unloaded before this operation ran"):
@@ -115,7 +115,7 @@ def test_a_sample_in_flight_hears_that_its_model_is_gone(
     sampler = client.create_sampling_client(base_model=tiny_model)
     with world.held():
         future = sampler.sample(prompt(), 4, ENDLESS)
-        closing = client._service.close_session(client._session_id)
+        closing = client._service.close_session(client._session.id)
     closing.result(GUARD)
     with pytest.raises(ClosedError, match="the session was closed while this sample was waiting or running"):
         future.result(GUARD)
@@ -193,7 +193,7 @@ def test_a_run_whose_session_closes_while_it_loads_is_not_left_behind(
         return resolve(*args, **kwargs)
 
     monkeypatch.setattr(training, "resolve_model", slow)
-    future = client._service.create_run(RunSpec(client._session_id, tiny_model, types.LoraConfig(rank=2), {}))
+    future = client._service.create_run(RunSpec(client._session.id, tiny_model, types.LoraConfig(rank=2), {}))
     assert resolving.wait(GUARD)
     client.close()
     go_on.set()
@@ -237,4 +237,69 @@ def test_a_run_that_cannot_be_made_is_not_listed(
 def test_a_heartbeat_of_a_closed_session_says_so(client: mint.ServiceClient) -> None:
     client.close()
     with pytest.raises(ClosedError):
-        client._service.heartbeat(client._session_id).result(GUARD)
+        client._service.heartbeat(client._session.id).result(GUARD)
+
+
+def test_a_base_model_goes_with_the_last_client_that_is_dropped(world: Embedded, tiny_model: str) -> None:
+    run = world.client().create_lora_training_client(tiny_model, rank=4, seed=0)
+    sampler, other = run.save_weights_and_get_sampling_client(), world.client()
+    del run
+    world.settle()
+    assert world.core.runs == {} and len(world.core.sessions) == 2
+    text = types.SamplingParams(max_tokens=4, seed=0, stop=["no such text"])  # has the tokenizer loaded, too
+    assert sampler.sample(prompt(), 1, text).result(GUARD).sequences
+    del sampler
+    world.settle()
+    assert len(world.core.sessions) == 1 and world.backends[0]() is not None  # the open client may want it again
+    del other
+    world.settle()
+    gc.collect()
+    assert world.backends[0]() is None
+    assert (world.core.sessions, world.core.backends, world.core.samplers, world.core._decoders) == ({}, {}, {}, {})
+
+
+def test_a_dropped_client_is_not_closed_before_its_operations_are_done(world: Embedded, tiny_model: str) -> None:
+    run = world.client().create_lora_training_client(tiny_model, rank=4, seed=0)
+    sampler = world.client().create_sampling_client(base_model=tiny_model)
+    with world.held():
+        run.forward_backward(batch())
+        futures = [
+            run.optim_step(LEARNING).future(),
+            run.save_state("a").future(),
+            sampler.sample(prompt(), 2, ENDLESS).future(),
+        ]
+        del run, sampler
+        gc.collect()
+    assert futures[0].result(GUARD).metrics["step"] == 1.0
+    assert world.client().create_rest_client().get_weights_info_by_tinker_path(futures[1].result(GUARD).path).result()
+    assert [len(s.tokens) for s in futures[2].result(GUARD).sequences] == [500, 500]
+    futures.clear()
+    world.settle()
+    gc.collect()
+    assert world.core.sessions == {} and world.backends[0]() is None
+
+
+def test_clients_may_be_dropped_on_the_engine_thread(world: Embedded, run: mint.TrainingClient) -> None:
+    """Where a finaliser that waited for the engine would wait for ever."""
+    other = world.client()
+    held = [other, other.create_lora_training_client(run.get_info().model_name, rank=2)]  # type: ignore[arg-type]
+    del other
+
+    def loss(data: Any, p: Any) -> Any:
+        held.clear()
+        gc.collect()
+        return p[0].sum(), {}
+
+    run.forward_backward_custom(batch(), loss).result(GUARD)
+    world.settle()
+    assert len(world.core.sessions) == 1 and list(world.core.runs) == [run.model_id]
+
+
+def test_a_loss_cannot_close_its_client(client: mint.ServiceClient, run: mint.TrainingClient) -> None:
+    def loss(data: Any, p: Any) -> Any:
+        client.close()
+        return p[0].sum(), {}
+
+    with pytest.raises(mint.OperationError, match="a loss function runs inside the engine and cannot call MinT"):
+        run.forward_backward_custom(batch(), loss).result(GUARD)
+    train(run, 1)

@@ -203,12 +203,12 @@ def test_another_tenants_sessions_and_samplers_cannot_be_used(
     given = prepare_sample_input(prompt(), 1, types.SamplingParams(max_tokens=1))
     with pytest.raises(ClosedError, match=f"sampling session {sampler._sampling_session_id} is closed"):
         stranger.sample(sampler._sampling_session_id, given)
-    spec = RunSpec(client._session_id, tiny_model, types.LoraConfig(rank=1), {})
+    spec = RunSpec(client._session.id, tiny_model, types.LoraConfig(rank=1), {})
     for create in (
         lambda: stranger.create_run(spec),
-        lambda: stranger.create_sampling_session(client._session_id, tiny_model, None),
+        lambda: stranger.create_sampling_session(client._session.id, tiny_model, None),
     ):
-        with pytest.raises(ClosedError, match=f"session {client._session_id} is closed; make a new ServiceClient"):
+        with pytest.raises(ClosedError, match=f"session {client._session.id} is closed; make a new ServiceClient"):
             create()
     assert sampler.sample(prompt(), 1, types.SamplingParams(max_tokens=1)).result(GUARD).sequences
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import weakref
 from pathlib import Path
 
 import pytest
@@ -27,7 +29,7 @@ LEAVE = """
     kept = [sampler.sample(prompt(i), 8, endless) for i in range(8)]
     kept += [run.forward_backward(batch(i)) for i in range(200)]
     kept.append(run.save_state("never-waited-for"))
-    service._service.create_sampling_session(service._session_id, model, None)
+    service._service.create_sampling_session(service._session.id, model, None)
     assert not kept[-1].done()
     print("left")
 """
@@ -180,6 +182,7 @@ def test_changed_settings_are_refused_while_something_is_loaded_and_used_after(
 ) -> None:
     monkeypatch.setattr(connect, "_core", None)
     before = mint.ServiceClient()
+    core_before = weakref.ref(before._service._core)  # type: ignore[attr-defined]
     sampler = before.create_sampling_client(base_model=tiny_model)
     monkeypatch.setenv("MINT_HOME", str(tmp_path / "elsewhere"))
     with pytest.raises(mint.InputError, match=r"settings changed while runs or sampling clients are open .*close the"):
@@ -190,6 +193,9 @@ def test_changed_settings_are_refused_while_something_is_loaded_and_used_after(
         core = client._service._core  # type: ignore[attr-defined]
         assert core.settings.home == tmp_path / "elsewhere"
     core.close()
+    del before, sampler
+    gc.collect()
+    assert core_before() is None
 
 
 def test_all_embedded_clients_of_a_process_share_one_core_and_say_where_it_keeps_things(

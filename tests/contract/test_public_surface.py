@@ -159,6 +159,7 @@ def test_every_exception_is_public_and_knows_its_standard_relative() -> None:
         "NumericsError": ArithmeticError,
         "OperationError": RuntimeError,
         "ResultTimeoutError": TimeoutError,
+        "StorageError": OSError,
     }
     for name in ours:
         assert issubclass(getattr(mint, name), mint.MintError)

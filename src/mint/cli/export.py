@@ -27,7 +27,7 @@ from mint.engine.backend import AdapterState, FloatArray
 from mint.errors import CheckpointError, InputError, MintError, OperationError, UnsupportedError
 from mint.hub import ModelSource, load_tokenizer, resolve_model
 from mint.hub.folders import tokenizer_files
-from mint.local.checkpoints import ADAPTER, ADAPTER_CONFIG, Manifest, flush, peft_config, read_checkpoint, write_adapter
+from mint.local.checkpoints import ADAPTER, Manifest, adapter_files, flush, peft_config, read_checkpoint
 from mint.local.runs import RunStore
 from mint.settings import Settings
 from mint.types import LoraConfig, ParsedCheckpointTinkerPath
@@ -140,8 +140,8 @@ def export_checkpoint(path: str, folder: Path, *, merged: bool = False, shard_by
             allowed = SAME_MODEL + min(ROUNDING * made.eps, effect / 2)
             untied = made.untied
         else:
-            write_adapter(fresh, manifest, state)
-            shutil.copymode(fresh / ADAPTER_CONFIG, fresh / ADAPTER)  # safetensors lets only the owner read its files
+            for name, content in adapter_files(manifest, state).items():
+                (fresh / name).write_bytes(content)
             read_back = AdapterState(load_file(fresh / ADAPTER))
             (found,) = _logprobs(source.path, source.name, settings, tokens, (manifest.lora, read_back))
             allowed = SAME_FILES

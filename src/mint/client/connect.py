@@ -64,6 +64,7 @@ def connect(base_url: str | None, api_key: str | None) -> Service:
                     f"{settings}): close the ServiceClients that made them first"
                 )
             _core.close()
+            atexit.unregister(_core.close)  # it would be held to the end of the process
             _core = None
         if _core is None or _core_pid != os.getpid():  # a forked child may build a service of its own
             _core, _core_pid = Core(settings, make_backend), os.getpid()

@@ -111,18 +111,16 @@ class APIFuture(Generic[T]):
         return ResultTimeoutError(f"{self._what}: no result within {timeout} s; it is still running, ask again later")
 
     def future(self) -> Future[T]:
-        """The result as a concurrent future; cancelling it does nothing."""
-        if self._convert is None:
-            return self._future
-        converted: Future[T] = Future()
-        converted.set_running_or_notify_cancel()
+        """The result as a concurrent future; cancelling it does nothing. The owner is kept alive for it, too."""
+        result: Future[T] = Future()
+        result.set_running_or_notify_cancel()
 
         def on_done(_: Future[Any]) -> None:
             error = self._future.exception()
-            converted.set_exception(error) if error is not None else converted.set_result(self._value())
+            result.set_exception(error) if error is not None else result.set_result(self._value())
 
         self._future.add_done_callback(on_done)
-        return converted
+        return result
 
     def coroutine(self) -> Coroutine[Any, Any, T]:
         return self.result_async()

@@ -10,6 +10,7 @@ from collections.abc import Generator, Iterator
 from typing import Any, NoReturn
 
 from mint.client.futures import APIFuture
+from mint.client.session import OpenSession
 from mint.errors import ClosedError
 from mint.hub import load_tokenizer
 from mint.service import Service
@@ -20,9 +21,10 @@ from mint.types.requests import SampleInput, prepare_sample_input, refuse, serve
 class SamplingClient:
     """Many calls may be in flight at once; they share the running batch."""
 
-    def __init__(self, service: Service, sampling_session_id: str, base_model: str) -> None:
-        self._service, self._sampling_session_id, self._base_model = service, sampling_session_id, base_model
-        weakref.finalize(self, _close, service, sampling_session_id).atexit = False
+    def __init__(self, session: OpenSession, sampling_session_id: str, base_model: str) -> None:
+        self._session, self._service = session, session.service
+        self._sampling_session_id, self._base_model = sampling_session_id, base_model
+        weakref.finalize(self, _close, session.service, sampling_session_id).atexit = False
 
     def sample(
         self,
@@ -75,7 +77,7 @@ class SamplingClient:
             try:
                 while (token := arrived.get()) is not None:
                     yield token
-                future.result()
+                APIFuture(future, owner=self).result()
             finally:
                 left.set()
 

@@ -11,9 +11,10 @@ from types import TracebackType
 from typing import Any, NoReturn
 
 from mint.client.connect import connect
-from mint.client.futures import APIFuture
+from mint.client.futures import APIFuture, refuse_inside_loss
 from mint.client.rest_client import RestClient
 from mint.client.sampling_client import SamplingClient
+from mint.client.session import OpenSession
 from mint.client.training_client import TrainingClient
 from mint.errors import ClosedError, InputError
 from mint.service import RunSpec, SamplingSession
@@ -25,7 +26,7 @@ class ServiceClient:
     """Without `base_url` (and without MINT_BASE_URL) everything runs inside this process.
 
     All embedded clients of a process share one engine and one copy of each base model. `close()`, or leaving a `with`
-    block, frees what was made through this client.
+    block, frees what was made through this client; so does dropping it and all that was made.
     """
 
     def __init__(
@@ -42,7 +43,8 @@ class ServiceClient:
         refuse("project_id", project_id)
         refuse("default_headers_overrides", default_headers_overrides)
         self._service = connect(base_url, api_key)
-        self._session_id = self._service.create_session(check_user_metadata(user_metadata), display_name).result()
+        session_id = self._service.create_session(check_user_metadata(user_metadata), display_name).result()
+        self._session = OpenSession(self._service, session_id)
         self._closed = False
 
     def create_lora_training_client(
@@ -72,9 +74,9 @@ class ServiceClient:
 
     def _create_run(self, base_model: str, lora: LoraConfig, metadata: dict[str, str]) -> TrainingClient:
         self._check_open()
-        spec = RunSpec(self._session_id, base_model, lora, metadata)
+        spec = RunSpec(self._session.id, base_model, lora, metadata)
         info = APIFuture[GetInfoResponse](self._service.create_run(spec), what=f"loading {base_model}").result()
-        return TrainingClient(self._service, self._session_id, info)
+        return TrainingClient(self._session, info)
 
     def create_training_client_from_state(
         self,
@@ -145,9 +147,9 @@ class ServiceClient:
         self._check_open()
         if model_path is None and base_model is None:
             raise InputError("create_sampling_client: give model_path (a checkpoint's path) or base_model")
-        created = self._service.create_sampling_session(self._session_id, base_model, model_path)
-        session = APIFuture[SamplingSession](created, what=f"loading {model_path or base_model}").result()
-        return SamplingClient(self._service, session.sampling_session_id, session.base_model)
+        created = self._service.create_sampling_session(self._session.id, base_model, model_path)
+        made = APIFuture[SamplingSession](created, what=f"loading {model_path or base_model}").result()
+        return SamplingClient(self._session, made.sampling_session_id, made.base_model)
 
     def create_rest_client(self) -> RestClient:
         self._check_open()
@@ -178,9 +180,10 @@ class ServiceClient:
 
         `status` and `detail` are for a server's records; there is none here.
         """
+        refuse_inside_loss()
         if not self._closed:
             self._closed = True
-            self._service.close_session(self._session_id).result()
+            self._session.close()
 
     def __enter__(self) -> ServiceClient:
         return self

@@ -11,6 +11,7 @@ from typing import Any, NoReturn, TypeVar
 
 from mint.client.futures import APIFuture, inside_loss, refuse_inside_loss
 from mint.client.sampling_client import SamplingClient
+from mint.client.session import OpenSession
 from mint.errors import ClosedError, InputError
 from mint.hub import load_tokenizer
 from mint.service import SamplingSession, SaveSpec, Service
@@ -47,10 +48,10 @@ class TrainingClient:
     (vocabulary, context length) arrives from `.result()`.
     """
 
-    def __init__(self, service: Service, session_id: str, info: GetInfoResponse) -> None:
-        self._service, self._session_id, self._info = service, session_id, info
+    def __init__(self, session: OpenSession, info: GetInfoResponse) -> None:
+        self._session, self._service, self._info = session, session.service, info
         # a run whose client nobody holds any more can receive no operation: its memory is given back
-        weakref.finalize(self, _unload, service, info.model_id).atexit = False
+        weakref.finalize(self, _unload, session.service, info.model_id).atexit = False
 
     @property
     def model_id(self) -> str:
@@ -177,7 +178,7 @@ class TrainingClient:
             lambda: self._service.save_weights_for_sampler(self.model_id, None, SaveSpec(None)),
         ).result()
         assert saved.sampling_session_id is not None
-        return SamplingClient(self._service, saved.sampling_session_id, str(self._info.model_name))
+        return SamplingClient(self._session, saved.sampling_session_id, str(self._info.model_name))
 
     def save_weights_external(
         self, name: str, ttl_seconds: int | None = None, age_encryption_recipients: object = None
@@ -189,9 +190,9 @@ class TrainingClient:
     ) -> SamplingClient:
         """Sample from a saved checkpoint."""
         refuse("record_stability_info", record_stability_info)
-        created = self._service.create_sampling_session(self._session_id, None, model_path)
-        session = APIFuture[SamplingSession](created, what=f"loading {model_path}").result()
-        return SamplingClient(self._service, session.sampling_session_id, session.base_model)
+        created = self._service.create_sampling_session(self._session.id, None, model_path)
+        made = APIFuture[SamplingSession](created, what=f"loading {model_path}").result()
+        return SamplingClient(self._session, made.sampling_session_id, made.base_model)
 
     def get_info(self) -> GetInfoResponse:
         """What this run is: base model, rank, seed, wrapped modules, parameter count, device, dtype, plan."""

@@ -21,7 +21,7 @@ from mint.engine.backend import (
     RunPlan,
     RunReport,
 )
-from mint.engine.device import choose_device, keep_freed_memory, memory_limit
+from mint.engine.device import choose_device, keep_freed_memory, memory_limit, return_freed_memory
 from mint.engine.lora import AdapterWeights, Segment, adapter_layout, adapter_weights
 from mint.engine.models.decoder import Decoder, PackedRow
 from mint.engine.models.head import Head, Targets, rows_per_chunk
@@ -200,3 +200,4 @@ class DecoderBackend:
         self._closed = True
         self._adapters.clear()
         del self._trainer, self._sampler
+        return_freed_memory(self._device.torch_device)

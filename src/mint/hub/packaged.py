@@ -28,7 +28,8 @@ def packaged_source(name: str, settings: Settings) -> ModelSource:
     record = PACKAGED_MODELS[name]
     folder = settings.models_dir / name
     if not is_converted(folder, record):
-        _make(folder, record, settings)
+        with settings.writing(f"converting {name}", folder):
+            _make(folder, record, settings)
     return ModelSource(name, folder, "package", record.requirement, record.note)
 
 

@@ -8,11 +8,13 @@ A checkpoint is a folder RUN/weights/NAME or RUN/sampler_weights/NAME with
 
 Folders whose name starts with a dot are no checkpoints: ".new-*" is being written, ".deleted-*" removed. ".old-NAME" is
 what an overwrite replaces, and stands for NAME while there is no folder of that name. Readers change nothing; what a
-killed process left is tidied by the next save of the run, which has one writer.
+killed process left is tidied by the next save of the run, which only the process that made it can train and save.
+Deleting, and setting the expiry, may come from any process at any time.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -26,7 +28,7 @@ from typing import Any, TypeVar
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError
-from safetensors.numpy import load, save_file
+from safetensors.numpy import load, save
 
 from mint.engine.backend import AdapterState, RunPlan
 from mint.errors import CheckpointError, CheckpointNotFoundError
@@ -97,51 +99,62 @@ def write_checkpoint(folder: Path, manifest: Manifest, state: AdapterState, *, o
         raise
 
 
-def write_adapter(folder: Path, manifest: Manifest, state: AdapterState) -> None:
-    """The two files of a PEFT adapter. Raises SafetensorError where the disk takes no more."""
-    save_file(dict(state.tensors), folder / ADAPTER, metadata={"format": "pt"})
-    (folder / ADAPTER_CONFIG).write_text(json.dumps(peft_config(manifest), indent=2), encoding="utf-8")
+def adapter_files(manifest: Manifest, state: AdapterState) -> dict[str, bytes]:
+    """The two files of a PEFT adapter, by name."""
+    return {
+        ADAPTER: save(dict(state.tensors), metadata={"format": "pt"}),
+        ADAPTER_CONFIG: json.dumps(peft_config(manifest), indent=2).encode(),
+    }
 
 
 def _write_files(fresh: Path, manifest: Manifest, state: AdapterState) -> None:
-    write_adapter(fresh, manifest, state)
+    sums: dict[str, str] = {}
+
+    def write(name: str, content: bytes) -> None:
+        (fresh / name).write_bytes(content)
+        sums[name] = hashlib.sha256(content).hexdigest()
+
+    for name, content in adapter_files(manifest, state).items():
+        write(name, content)
     if manifest.checkpoint_type == "training":
         moments = {"exp_avg": state.exp_avg, "exp_avg_sq": state.exp_avg_sq}
-        save_file({f"{kind}.{k}": v for kind, part in moments.items() for k, v in part.items()}, fresh / OPTIMIZER)
-    sums = {path.name: _sha256(path) for path in sorted(fresh.iterdir())}
-    _write_manifest(fresh, manifest.model_copy(update={"sha256": sums}))
+        write(OPTIMIZER, save({f"{kind}.{k}": v for kind, part in moments.items() for k, v in part.items()}))
+    _write_manifest(fresh / MANIFEST, manifest.model_copy(update={"sha256": sums}))
     for path in fresh.iterdir():
         flush(path)
     flush(fresh)
 
 
-def _write_manifest(place: Path, manifest: Manifest) -> None:
+def _write_manifest(file: Path, manifest: Manifest) -> None:
     signed = manifest.model_copy(update={"digest": _digest(manifest)})
-    (place / MANIFEST).write_text(signed.model_dump_json(indent=2), encoding="utf-8")
+    file.write_text(signed.model_dump_json(indent=2), encoding="utf-8")
 
 
 def write_expiry(folder: Path, path: str, expires_at: datetime | None) -> None:
     """Replace the manifest alone, atomically. Raises as `read_manifest` does."""
-    _tidy(folder)
-    manifest = read_manifest(folder, path)
-    fresh = folder.parent / f".new-{uuid.uuid4().hex}"
-    fresh.mkdir()
+    _unchanging(folder, lambda place: _write_expiry(place, path, expires_at))
+
+
+def _write_expiry(place: Path, path: str, expires_at: datetime | None) -> None:
+    manifest = _read_manifest(place, path)
+    fresh = place / f".new-{uuid.uuid4().hex}"  # goes where the folder goes, if another process replaces or deletes it
     try:
         _write_manifest(fresh, manifest.model_copy(update={"expires_at": expires_at}))
-        flush(fresh / MANIFEST)
-        (fresh / MANIFEST).replace(folder / MANIFEST)
-        flush(folder)
+        flush(fresh)
+        fresh.replace(place / MANIFEST)
+        flush(place)
     finally:
-        shutil.rmtree(fresh, ignore_errors=True)
+        fresh.unlink(missing_ok=True)
 
 
 def _replace(folder: Path, fresh: Path) -> None:
     old = _old(folder)
-    folder.rename(old)
+    with contextlib.suppress(FileNotFoundError):  # another process deleted it meanwhile
+        folder.rename(old)
     flush(folder.parent)
     fresh.rename(folder)
     flush(folder.parent)
-    shutil.rmtree(old)
+    _remove(old)
 
 
 def _old(folder: Path) -> Path:
@@ -151,13 +164,20 @@ def _old(folder: Path) -> Path:
 def _tidy(folder: Path) -> None:
     """The writer's: finish or undo what a killed save or delete of this run left."""
     for left in [*folder.parent.glob(".new-*"), *folder.parent.glob(".deleted-*")]:
-        shutil.rmtree(left)
+        _remove(left)
     old = _old(folder)
     if old.is_dir():
         if folder.exists():
-            shutil.rmtree(old)
+            _remove(old)
         else:
             old.rename(folder)
+
+
+def _remove(folder: Path) -> None:
+    """As rmtree, where another process may be removing the same."""
+    while folder.exists():
+        with contextlib.suppress(FileNotFoundError):
+            shutil.rmtree(folder)
 
 
 def _expired(folder: Path, path: str) -> bool:
@@ -188,10 +208,11 @@ def delete_checkpoint(folder: Path, path: str) -> None:
         raise CheckpointNotFoundError(f"no checkpoint {path}; nothing was deleted")
     aside = []
     for place in (_old(folder), folder):  # what was replaced goes first, or it would stand in again
-        if place.is_dir():
-            aside.append(place.rename(folder.parent / f".deleted-{uuid.uuid4().hex}"))
+        with contextlib.suppress(FileNotFoundError):  # another process was faster
+            if place.is_dir():
+                aside.append(place.rename(folder.parent / f".deleted-{uuid.uuid4().hex}"))
     for place in aside:
-        shutil.rmtree(place)
+        _remove(place)
 
 
 def _unchanging(folder: Path, read: Callable[[Path], T]) -> T:
@@ -299,15 +320,10 @@ def _describe(place: Path, path: str) -> Checkpoint:
         checkpoint_type=manifest.checkpoint_type,
         time=manifest.time,
         tinker_path=path,
-        size_bytes=sum(file.stat().st_size for file in place.iterdir()),
+        size_bytes=sum(file.stat().st_size for file in place.glob("[!.]*")),
         user_metadata=manifest.user_metadata,
         expires_at=manifest.expires_at,
     )
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def flush(path: Path) -> None:

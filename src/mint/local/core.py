@@ -36,6 +36,7 @@ class LoadedRun:
     backend: Backend
     report: RunReport
     since_step: dict[str, float] = field(default_factory=dict)  # sums of forward_backward metrics since the last step
+    unwritten: list[dict[str, Any]] = field(default_factory=list)  # metrics of steps that the disk did not take
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -143,6 +144,8 @@ class Core:
     def drop_run(self, run_id: str) -> None:
         """Engine thread."""
         loaded = self.runs.pop(run_id)
+        if loaded.unwritten:
+            logger.error("%s: the metrics of its last %d steps were never written", run_id, len(loaded.unwritten))
         self.scheduler.remove_queue(run_id)
         loaded.backend.remove_run(run_id)
         for session in list(self.sessions.values()):
@@ -170,6 +173,8 @@ class Core:
                 self.scheduler.drop_backend(backend)
                 backend.close()
             self.backends.clear()
+            with self._lock:
+                self._decoders.clear()
 
     def close(self) -> None:
         if os.getpid() == self._pid:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -50,7 +51,11 @@ class RunStore:
     def create(self, record: RunRecord) -> None:
         folder = self.folder(record.run_id)
         folder.mkdir(parents=True)
-        (folder / RUN_FILE).write_text(record.model_dump_json(indent=2), encoding="utf-8")
+        try:
+            (folder / RUN_FILE).write_text(record.model_dump_json(indent=2), encoding="utf-8")
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
 
     def record(self, run_id: str) -> RunRecord:
         """Raises CheckpointNotFoundError where there is no such run, or it is another tenant's."""
@@ -104,14 +109,22 @@ class RunStore:
             user_metadata=record.user_metadata,
         )
 
-    def append_metrics(self, run_id: str, metrics: dict[str, Any]) -> None:
-        with (self.folder(run_id) / METRICS_FILE).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(metrics) + "\n")
+    def append_metrics(self, run_id: str, records: list[dict[str, Any]]) -> None:
+        """All of them, a line each, or, with the OSError, none."""
+        rest = "".join(json.dumps(record) + "\n" for record in records).encode()
+        with (self.folder(run_id) / METRICS_FILE).open("ab", buffering=0) as file:
+            before = file.tell()
+            try:
+                while rest:
+                    rest = rest[file.write(rest) :]
+            except OSError:
+                file.truncate(before)
+                raise
 
 
 def _read_record(path: Path) -> RunRecord | None:
     """None where there is no run or its file is not one of ours."""
     try:
         return RunRecord.model_validate_json(path.read_bytes())
-    except (FileNotFoundError, ValidationError):
+    except (FileNotFoundError, NotADirectoryError, ValidationError):
         return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from concurrent.futures import Future
 from datetime import UTC, datetime, timedelta
 
+from mint.engine.backend import AdapterState
 from mint.errors import CheckpointError
 from mint.local.checkpoints import Manifest, delete_checkpoint, read_checkpoint, write_checkpoint, write_expiry
 from mint.local.core import Core, LoadedRun, SamplerRecord, Session
@@ -79,7 +80,9 @@ class SavingOps:
             user_metadata=spec.user_metadata or {},
             expires_at=_expiry(now, spec.ttl_seconds),
         )
-        write_checkpoint(self._store.checkpoint_folder(parsed), manifest, state, overwrite=spec.overwrite)
+        folder = self._store.checkpoint_folder(parsed)
+        with self._core.settings.writing(f"saving {parsed.tinker_path}", folder, _num_bytes(state, kind)):
+            write_checkpoint(folder, manifest, state, overwrite=spec.overwrite)
         return parsed.tinker_path
 
     def load_weights(
@@ -149,7 +152,9 @@ class SavingOps:
 
         def set_expiry() -> None:  # on the engine thread: no save of the same name is half-way
             expires_at = _expiry(datetime.now(UTC), ttl_seconds)
-            write_expiry(self._store.checkpoint_folder(parsed), parsed.tinker_path, expires_at)
+            folder = self._store.checkpoint_folder(parsed)
+            with self._core.settings.writing(f"setting the expiry of {parsed.tinker_path}", folder):
+                write_expiry(folder, parsed.tinker_path, expires_at)
 
         return self._core.call(set_expiry)
 
@@ -157,7 +162,9 @@ class SavingOps:
         parsed = ParsedCheckpointTinkerPath.from_tinker_path(path)
 
         def delete() -> None:  # on the engine thread: no save of the same name is half-way
-            delete_checkpoint(self._store.checkpoint_folder(parsed), parsed.tinker_path)
+            folder = self._store.checkpoint_folder(parsed)
+            with self._core.settings.writing(f"deleting {parsed.tinker_path}", folder):
+                delete_checkpoint(folder, parsed.tinker_path)
 
         return self._core.call(delete)
 
@@ -168,6 +175,12 @@ def add_sampler(core: Core, session_id: str, session: Session, record: SamplerRe
     core.samplers[sampler_id] = record
     session.samplers.add(sampler_id)
     return sampler_id
+
+
+def _num_bytes(state: AdapterState, kind: CheckpointType) -> int:
+    """Of the tensors that a checkpoint holds; the rest is small."""
+    parts = [state.tensors, *([state.exp_avg, state.exp_avg_sq] if kind == "training" else [])]
+    return sum(array.nbytes for part in parts for array in part.values())
 
 
 def _expiry(now: datetime, ttl_seconds: int | None) -> datetime | None:

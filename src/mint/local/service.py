@@ -81,7 +81,7 @@ class LocalService:
         session = self._core.sessions.get(session_id)
         if session is None or session.tenant != self._tenant:
             return done(None)
-        return self._core.call(lambda: self._core.drop_session(session_id))
+        return self._core.release(lambda: self._core.drop_session(session_id))
 
     @errors_in_future
     def create_run(self, spec: RunSpec) -> Future[GetInfoResponse]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import secrets
 import time
 from concurrent.futures import Future
 from datetime import UTC, datetime
+from typing import Any
 
 from mint.engine.backend import Part, PartResult
-from mint.errors import ClosedError, OperationError
+from mint.errors import ClosedError, OperationError, StorageError
 from mint.hub import resolve_model
 from mint.local.core import Core, LoadedRun
 from mint.local.futures import done
@@ -25,6 +27,8 @@ from mint.types import (
     UnloadModelResponse,
 )
 from mint.types.requests import TrainingInput
+
+logger = logging.getLogger("mint")
 
 
 class TrainingOps:
@@ -67,7 +71,8 @@ class TrainingOps:
                 )
                 report = backend.add_run(run_id, lora, seed)
                 try:
-                    self._store.create(record)
+                    with core.settings.writing(f"creating run {run_id}", self._store.folder(run_id)):
+                        self._store.create(record)
                 except BaseException:
                     backend.remove_run(run_id)
                     raise
@@ -158,7 +163,20 @@ class TrainingOps:
                     "repeat the forward_backward, then step"
                 )
             metrics = run.backend.optim_step(run_id, params)
-            self._store.append_metrics(run_id, {"time": time.time(), **metrics, **sums})
+            self._record(run, {"time": time.time(), **metrics, **sums})
             return OptimStepResponse(metrics=metrics)
 
         return self._core.scheduler.submit(run_id, seq_id, CallJob(step, Future()))
+
+    def _record(self, run: LoadedRun, metrics: dict[str, Any]) -> None:
+        """A step that was taken has succeeded, also where its line cannot be written: it is kept and written later."""
+        run.unwritten.append(metrics)
+        run_id = run.record.run_id
+        try:
+            with self._core.settings.writing(f"writing the metrics of {run_id}", self._store.folder(run_id)):
+                self._store.append_metrics(run_id, run.unwritten)
+        except StorageError as error:
+            if len(run.unwritten) == 1:  # once, not at every step
+                logger.error("%s. Training goes on; the lines are kept and written with a later step's", error)
+        else:
+            run.unwritten = []

@@ -28,7 +28,7 @@ from mint.engine.backend import (
     RunPlan,
     RunReport,
 )
-from mint.engine.device import choose_device, keep_freed_memory, memory_limit
+from mint.engine.device import choose_device, keep_freed_memory, memory_limit, return_freed_memory
 from mint.engine.hf.linears import choose_linears
 from mint.engine.hf.model import CausalModel
 from mint.engine.hf.sampler import SequenceSampler
@@ -252,6 +252,7 @@ class HfBackend:
         self._adapters.clear()
         self._runs.clear()
         del self._model, self._sampler
+        return_freed_memory(self._device.torch_device)
 
 
 def _leaves(weights: AdapterWeights) -> dict[tuple[int, str], SiteWeights]:

@@ -1,0 +1,84 @@
+"""What a long session keeps: cycles of create, train, save, sample, resume, delete, close; one JSON line of what is held.
+
+The first ten of every twenty cycles share a ServiceClient, the others open one each, so that the base model is loaded and
+freed again. Numbers are taken when everything is closed, after a garbage collection: what is then held was kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import random
+import threading
+import time
+
+import psutil
+from peers import BASE_MODEL, machine
+
+import mint
+from mint import settings, types
+
+CYCLES_PER_CLIENT = [10] + [1] * 10
+
+
+def datum(seed: int, length: int) -> types.Datum:
+    tokens = random.Random(seed).choices(range(300), k=length + 1)
+    inputs = {"target_tokens": tokens[1:], "weights": [1.0] * length}
+    return types.Datum(model_input=types.ModelInput.from_ints(tokens[:-1]), loss_fn_inputs=inputs)
+
+
+def cycle(client: mint.ServiceClient, model: str, seed: int) -> None:
+    rest, data = client.create_rest_client(), [datum(seed + i, 8 + 5 * i) for i in range(3)]
+    run = client.create_lora_training_client(model, rank=4)
+    run.forward_backward(data)
+    run.optim_step()
+    path = run.save_state("a").result().path
+    sampler = run.save_weights_and_get_sampling_client()
+    # a prompt that fills a chunk of the prefix cache, and a stop string, which needs the tokenizer
+    params = types.SamplingParams(max_tokens=4, seed=seed, stop=["no such text"])
+    sampler.sample(datum(seed, 300).model_input, 2, params).result()
+    resumed = client.create_training_client_from_state_with_optimizer(path)
+    resumed.forward_backward(data)
+    resumed.optim_step().result()
+    rest.delete_checkpoint_from_tinker_path(path).result()
+
+
+def held(started: float) -> dict[str, float]:
+    gc.collect()
+    process = psutil.Process()
+    return {
+        "rss_mb": round(process.memory_info().rss / 1e6, 2),
+        "open_files": process.num_fds(),
+        "threads": process.num_threads(),
+        "python_threads": threading.active_count(),
+        "python_objects": len(gc.get_objects()),
+        "mint_home_files": sum(path.is_file() for path in settings.load().home.rglob("*")),
+        "seconds": round(time.perf_counter() - started, 1),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default=BASE_MODEL)
+    parser.add_argument(
+        "--at", default="20,50,100,200", help="cycles after which to look, multiples of ten; last = all"
+    )
+    args = parser.parse_args()
+    marks = [int(mark) for mark in args.at.split(",")]
+    started, done, seen = time.perf_counter(), 0, {}
+    while done < marks[-1]:
+        for cycles in CYCLES_PER_CLIENT:
+            with mint.ServiceClient() as client:
+                for _ in range(cycles):
+                    cycle(client, args.model, done)
+                    done += 1
+            if done in marks:
+                seen[done] = held(started)
+            if done == marks[-1]:
+                break
+    print(json.dumps({"benchmark": "lifetime", "model": args.model, "after_cycles": seen, **machine()}))
+
+
+if __name__ == "__main__":
+    main()
