@@ -109,7 +109,9 @@ def main(argv: list[str] | None = None) -> None:
     metadata = service.create_rest_client().get_weights_info_by_tinker_path(path).result().user_metadata or {}
     resumed = service.create_training_client_from_state_with_optimizer(path)
     batches = Batches(train, args.batch_size, args.seed, Cursor.from_json(metadata["data_cursor"]))
-    print(f"step {args.steps:3d}  loss {train_step(resumed, next(batches), args.learning_rate):.4f}  (resumed)")
+    for step in range(args.steps, args.steps + 2):
+        loss = train_step(resumed, next(batches), args.learning_rate)
+        print(f"step {step:3d}  loss {loss:.4f}  (resumed)", flush=True)
 
 
 if __name__ == "__main__":

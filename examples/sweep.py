@@ -68,12 +68,12 @@ def print_table(runs: Sequence[Run]) -> None:
 
 
 def plot(runs: Sequence[Run], path: Path) -> None:
-    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    figure, axes = plt.subplots(figsize=(10, 4.5), layout="constrained")
     for run in runs:
         axes.plot(run.losses, label=f"{run}: {run.test_nll:.3f}")
     axes.set(xlabel="steps done", ylabel="train loss (nats per token)", title="Adapters of one sweep")
     axes.grid(alpha=0.3)
-    axes.legend(title="with their test NLL", fontsize="small")
+    figure.legend(title="test NLL at the end", fontsize="small", loc="outside right upper")
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
