@@ -58,17 +58,23 @@ def plot(losses: list[float], nll_before: float, nll_after: float, path: Path) -
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     example = "example: python examples/chat_sft.py --steps 20 --out out/chat_sft"
-    parser = argparse.ArgumentParser(description="Fine-tune a chat model with LoRA.", epilog=example)
+    parser = argparse.ArgumentParser(
+        description="Fine-tune a chat model with LoRA.",
+        epilog=example,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
     parser.add_argument("--model", default="SmolLM2-135M-Instruct", help="packaged name, hub id or ./folder")
-    parser.add_argument("--data", type=Path, help="JSON Lines with a list 'messages' a line; default: packaged set")
+    parser.add_argument(
+        "--data", type=Path, help="JSON Lines with a list 'messages' a line; if not given: the packaged set"
+    )
     parser.add_argument("--held-out", type=int, default=32, help="the last rows of --data, kept for the test")
-    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=20, help="optimizer steps")
     parser.add_argument("--batch-size", type=int, default=8, help="conversations a step")
-    parser.add_argument("--learning-rate", type=float, default=5e-4)
+    parser.add_argument("--learning-rate", type=float, default=5e-4, help="of AdamW, constant")
     parser.add_argument("--rank", type=int, default=16, help="of the LoRA adapter")
     parser.add_argument("--max-length", type=int, default=1024, help="tokens; answers beyond are left out")
     parser.add_argument("--max-tokens", type=int, default=120, help="of the sampled answer")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of the adapter and of the order of the data")
     parser.add_argument("--out", type=Path, default=Path("out/chat_sft"), help="folder for loss.png")
     return parser.parse_args(argv)
 

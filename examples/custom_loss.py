@@ -87,17 +87,21 @@ def ask(client: mint.TrainingClient, renderer: Renderer, question: str, max_toke
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     example = "example: python examples/custom_loss.py --steps 10"
-    parser = argparse.ArgumentParser(description="Train on preferences with a loss of your own.", epilog=example)
+    parser = argparse.ArgumentParser(
+        description="Train on preferences with a loss of your own.",
+        epilog=example,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
     parser.add_argument("--model", default="SmolLM2-135M-Instruct", help="packaged name, hub id or ./folder")
-    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--steps", type=int, default=10, help="optimizer steps")
     parser.add_argument("--batch-size", type=int, default=4, help="pairs a step")
     parser.add_argument("--beta", type=float, default=0.1, help="larger: the model stays closer to where it began")
     parser.add_argument("--anchor", type=float, default=1.0, help="larger: more plain imitation of what is preferred")
-    parser.add_argument("--learning-rate", type=float, default=5e-4)
+    parser.add_argument("--learning-rate", type=float, default=5e-4, help="of AdamW, constant")
     parser.add_argument("--rank", type=int, default=16, help="of the LoRA adapter")
     parser.add_argument("--max-length", type=int, default=1024, help="tokens; what is longer is cut off")
     parser.add_argument("--max-tokens", type=int, default=120, help="of the sampled answer")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of the adapter and of the order of the data")
     return parser.parse_args(argv)
 
 

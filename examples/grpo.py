@@ -52,15 +52,19 @@ def to_datum(prompt: list[int], sampled: types.SampledSequence, advantage: float
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     example = "example: python examples/grpo.py --steps 20"
-    parser = argparse.ArgumentParser(description="Reinforcement learning with a verifiable reward.", epilog=example)
+    parser = argparse.ArgumentParser(
+        description="Reinforcement learning with a verifiable reward.",
+        epilog=example,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
     parser.add_argument("--model", default="SmolLM2-135M-Instruct", help="packaged name, hub id or ./folder")
-    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=20, help="optimizer steps")
     parser.add_argument("--questions", type=int, default=4, help="a step")
     parser.add_argument("--group-size", type=int, default=8, help="answers to each question")
     parser.add_argument("--max-tokens", type=int, default=16, help="of an answer")
-    parser.add_argument("--learning-rate", type=float, default=3e-4)
+    parser.add_argument("--learning-rate", type=float, default=3e-4, help="of AdamW, constant")
     parser.add_argument("--rank", type=int, default=16, help="of the LoRA adapter")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of the adapter, the questions and the answers")
     return parser.parse_args(argv)
 
 

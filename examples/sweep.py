@@ -80,12 +80,16 @@ def plot(runs: Sequence[Run], path: Path) -> None:
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     example = "example: python examples/sweep.py --ranks 4 16 --learning-rates 2e-4 1e-3 --seeds 0 1 --steps 15"
-    parser = argparse.ArgumentParser(description="Train many adapters at once.", epilog=example)
+    parser = argparse.ArgumentParser(
+        description="Train many adapters at once.",
+        epilog=example,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
     parser.add_argument("--model", default="SmolLM2-135M-Instruct", help="packaged name, hub id or ./folder")
-    parser.add_argument("--ranks", type=int, nargs="+", default=[4, 16])
-    parser.add_argument("--learning-rates", type=float, nargs="+", default=[2e-4, 1e-3])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
-    parser.add_argument("--steps", type=int, default=15)
+    parser.add_argument("--ranks", type=int, nargs="+", default=[4, 16], help="of the LoRA adapters")
+    parser.add_argument("--learning-rates", type=float, nargs="+", default=[2e-4, 1e-3], help="of AdamW, constant")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="of the adapters")
+    parser.add_argument("--steps", type=int, default=15, help="optimizer steps")
     parser.add_argument("--batch-size", type=int, default=4, help="conversations a step and run")
     parser.add_argument("--max-length", type=int, default=1024, help="tokens; answers beyond are left out")
     parser.add_argument("--out", type=Path, default=Path("out/sweep"), help="folder for sweep.png")
