@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -13,7 +13,6 @@ import numpy.typing as npt
 from mint.errors import DataError, InputError
 
 T = TypeVar("T")
-U = TypeVar("U")
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,28 +33,29 @@ class Cursor:
             raise InputError(f"data cursor {text!r}: expected JSON such as {Cursor(0, 3).to_json()!r}") from None
 
 
-class Batches(Generic[T, U]):
+class Batches(Generic[T]):
     """Endless batches of `batch_size` rows each, every epoch in an order of its own that (seed, epoch) alone decides.
 
     `prepare(number, row)` makes what a row contributes to its batch, when its turn comes: a list, empty where the row
-    cannot be used; the next row takes its place. `next(batches)` is one flat list. A batch holds no row twice: rows that
-    do not fill the last batch of an epoch sit it out, others each time.
+    cannot be used; the next row takes its place. Without it a row is taken as it is. `next(batches)` is one flat list.
+    A batch holds no row twice: rows that do not fill the last batch of an epoch sit it out, others each time.
 
     Raises InputError where there are fewer rows than a batch takes, DataError where a whole epoch does not fill a batch.
     """
 
     def __init__(
         self,
-        rows: Sequence[T],
+        rows: Sequence[Any],
         batch_size: int,
         seed: int = 0,
         cursor: Cursor | None = None,
         *,
-        prepare: Callable[[int, T], list[U]],
+        prepare: Callable[[int, Any], list[T]] | None = None,
     ) -> None:
         if not 1 <= batch_size <= len(rows):
             raise InputError(f"batch_size={batch_size}: must lie in 1..{len(rows)}, the number of rows")
-        self._rows, self._batch_size, self._seed, self._prepare = rows, batch_size, seed, prepare
+        self._rows, self._batch_size, self._seed = rows, batch_size, seed
+        self._prepare: Callable[[int, Any], list[T]] = prepare or _as_it_is
         self._order: tuple[int, npt.NDArray[np.int64]] | None = None
         self.cursor = cursor or Cursor()
 
@@ -64,10 +64,10 @@ class Batches(Generic[T, U]):
         """Where every row can be used."""
         return len(self._rows) // self._batch_size
 
-    def __iter__(self) -> Iterator[list[U]]:
+    def __iter__(self) -> Iterator[list[T]]:
         return self
 
-    def __next__(self) -> list[U]:
+    def __next__(self) -> list[T]:
         cursor = self.cursor
         if cursor.position + self._batch_size > len(self._rows):
             cursor = Cursor(cursor.epoch + 1, 0)
@@ -83,10 +83,10 @@ class Batches(Generic[T, U]):
             "the reasons, and lower the batch size or mend the data"
         )
 
-    def _take(self, cursor: Cursor) -> tuple[list[U] | None, Cursor]:
+    def _take(self, cursor: Cursor) -> tuple[list[T] | None, Cursor]:
         """The batch that begins at `cursor` and where the next one does; None where the epoch ends before it is full."""
         order = self._epoch_order(cursor.epoch)
-        batch: list[U] = []
+        batch: list[T] = []
         found = 0
         for position in range(cursor.position, len(order)):
             number = int(order[position])
@@ -102,3 +102,7 @@ class Batches(Generic[T, U]):
             key = np.array([self._seed % 2**64, epoch], np.uint64)
             self._order = epoch, np.random.Generator(np.random.Philox(key=key)).permutation(len(self._rows))
         return self._order[1]
+
+
+def _as_it_is(_: int, row: Any) -> list[Any]:
+    return [row]

@@ -299,7 +299,7 @@ def resume_one_step(
     client: mint.TrainingClient,
     checkpoint: str,
     config: ChatSftConfig,
-    batches: Batches[Conversation, types.Datum],
+    batches: Batches[types.Datum],
     console: Console,
 ) -> bool:
     """One more step, by the run itself and by a new run from its checkpoint; whether both had the same bits."""
