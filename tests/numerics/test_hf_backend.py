@@ -111,6 +111,19 @@ def test_logprobs_equal_transformers_and_gradients_peft(made: Callable[[str], Pa
     assert largest_difference(plain, expected) > 100 * FP32_LOGPROB
 
 
+@pytest.mark.parametrize("kind", ["gemma2", "phi3", "mixtral"])
+def test_bf16_logprobs_of_a_new_adapter_are_those_of_transformers(made: Callable[[str], Path], kind: str) -> None:
+    """Its B is zero, so the logits have the same bits; what is left is the softmax in float32."""
+    backend = open_hf(made(kind), "bfloat16")
+    backend.add_run("run", types.LoraConfig(rank=4), seed=0)
+    data = weighted_datums(np.random.default_rng(6), (40, 7))
+    base = transformers_model(made(kind), torch.bfloat16)
+    plain = [reference_logprobs(base, datum).detach().numpy() for datum in data]
+    assert largest_difference(forward(backend, "run", data).logprobs, plain) <= 1e-5
+    forward_backward(backend, "run", data)
+    assert backend.optim_step("run", types.AdamParams(learning_rate=1e-2))["update_norm"] > 0
+
+
 @pytest.mark.parametrize("kind", OTHERS)
 def test_groups_choose_the_modules_by_their_paths(made: Callable[[str], Path], kind: str) -> None:
     backend = open_hf(made(kind))

@@ -181,7 +181,7 @@ class HfBackend:
             wanted = [tensor for w in leaves.values() for tensor in (w.a_RI, w.b_OR)]
             found = torch.autograd.grad(logits_NV, wanted, grad_NV, allow_unused=True)
             for site, a, b in zip(leaves, found[::2], found[1::2], strict=True):
-                if a is not None and b is not None:  # no token came to an expert
+                if a is not None and b is not None:  # None: no token came to this expert
                     run.gradient.add(site, a, b.t())
         return logprob_NK
 
