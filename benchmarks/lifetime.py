@@ -17,7 +17,7 @@ import psutil
 from peers import BASE_MODEL, machine
 
 import mint
-from mint import settings, types
+from mint import types
 
 CYCLES_PER_CLIENT = [10] + [1] * 10
 
@@ -53,7 +53,6 @@ def held(started: float) -> dict[str, float]:
         "threads": process.num_threads(),
         "python_threads": threading.active_count(),
         "python_objects": len(gc.get_objects()),
-        "mint_home_files": sum(path.is_file() for path in settings.load().home.rglob("*")),
         "seconds": round(time.perf_counter() - started, 1),
     }
 
