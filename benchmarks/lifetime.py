@@ -1,7 +1,7 @@
-"""What a long session keeps: cycles of create, train, save, sample, resume, delete, close; one JSON line of what is held.
+"""What a long session keeps: cycles of create, train, save, sample, resume, delete; one JSON line of what is held.
 
-The first ten of every twenty cycles share a ServiceClient, the others open one each, so that the base model is loaded and
-freed again. Numbers are taken when everything is closed, after a garbage collection: what is then held was kept.
+First all cycles share one ServiceClient, which stays open; then each has its own and closes it, so that the base model is
+loaded and freed again. Numbers are taken between cycles, after a garbage collection: what is then held was kept.
 """
 
 from __future__ import annotations
@@ -12,14 +12,13 @@ import json
 import random
 import threading
 import time
+from collections.abc import Callable
 
 import psutil
 from peers import BASE_MODEL, machine
 
 import mint
-from mint import settings, types
-
-CYCLES_PER_CLIENT = [10] + [1] * 10
+from mint import types
 
 
 def datum(seed: int, length: int) -> types.Datum:
@@ -53,7 +52,6 @@ def held(started: float) -> dict[str, float]:
         "threads": process.num_threads(),
         "python_threads": threading.active_count(),
         "python_objects": len(gc.get_objects()),
-        "mint_home_files": sum(path.is_file() for path in settings.load().home.rglob("*")),
         "seconds": round(time.perf_counter() - started, 1),
     }
 
@@ -61,23 +59,26 @@ def held(started: float) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default=BASE_MODEL)
-    parser.add_argument(
-        "--at", default="20,50,100,200", help="cycles after which to look, multiples of ten; last = all"
-    )
+    parser.add_argument("--at", default="20,50,100,200", help="cycles after which to look; the last is the end")
     args = parser.parse_args()
-    marks = [int(mark) for mark in args.at.split(",")]
-    started, done, seen = time.perf_counter(), 0, {}
-    while done < marks[-1]:
-        for cycles in CYCLES_PER_CLIENT:
-            with mint.ServiceClient() as client:
-                for _ in range(cycles):
-                    cycle(client, args.model, done)
-                    done += 1
-            if done in marks:
-                seen[done] = held(started)
-            if done == marks[-1]:
-                break
-    print(json.dumps({"benchmark": "lifetime", "model": args.model, "after_cycles": seen, **machine()}))
+    marks, started = [int(mark) for mark in args.at.split(",")], time.perf_counter()
+
+    def watch(one_cycle: Callable[[int], None]) -> dict[int, dict[str, float]]:
+        seen = {}
+        for number in range(1, marks[-1] + 1):
+            one_cycle(number)
+            if number in marks:
+                seen[number] = held(started)
+        return seen
+
+    def with_its_own_client(number: int) -> None:
+        with mint.ServiceClient() as client:
+            cycle(client, args.model, number)
+
+    with mint.ServiceClient() as client:
+        shared = watch(lambda number: cycle(client, args.model, number))
+    result = {"one_client": shared, "a_client_each": watch(with_its_own_client)}
+    print(json.dumps({"benchmark": "lifetime", "model": args.model, **result, **machine()}))
 
 
 if __name__ == "__main__":

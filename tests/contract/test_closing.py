@@ -109,6 +109,23 @@ def test_what_is_submitted_behind_the_close_is_told(
         late.result(GUARD)
 
 
+@pytest.mark.parametrize("other_stays", [False, True])
+def test_a_score_that_is_asked_for_behind_the_close_is_told(
+    world: Embedded, client: mint.ServiceClient, tiny_model: str, other_stays: bool
+) -> None:
+    other = world.client() if other_stays else None
+    sampler = client.create_lora_training_client(tiny_model, rank=2).save_weights_and_get_sampling_client()
+    with world.held():
+        closing = client._service.close_session(client._session.id)
+        late = sampler.compute_logprobs(prompt())
+    closing.result(GUARD)
+    told = (
+        "the sampling session was closed before this prompt" if other else "the base model was unloaded: every session"
+    )
+    with pytest.raises(ClosedError, match=told):
+        late.result(GUARD)
+
+
 def test_a_sample_in_flight_hears_that_its_model_is_gone(
     world: Embedded, client: mint.ServiceClient, tiny_model: str
 ) -> None:

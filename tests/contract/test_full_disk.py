@@ -6,11 +6,9 @@ that writes stop short in the middle. Read-only is a MINT_HOME below a regular f
 
 from __future__ import annotations
 
-import contextlib
 import json
 import re
-import resource
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,20 +27,10 @@ from tests.support.clients import (
     same_weights,
     train,
 )
+from tests.support.disk import full_disk
 
 SHORT = types.SamplingParams(max_tokens=4, seed=0)
 WHAT_TO_DO = "make it writable, then try again; or start again with MINT_HOME set to another folder"
-
-
-@contextlib.contextmanager
-def full_disk(max_bytes: int = 0) -> Iterator[None]:
-    """No file can grow beyond `max_bytes` inside the block."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (max_bytes, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def listed(run: mint.TrainingClient) -> list[str]:

@@ -164,10 +164,18 @@ def checkpoint_folder(home: Path, path: str) -> Path:
 
 def child(code: str, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
     """Run `code` in a new interpreter that finds `tests` and has this one's environment; warnings are errors."""
+    process = start_child(code, *arguments, **env)
+    out, err = process.communicate(timeout=120)
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def start_child(code: str, *arguments: str, **env: str) -> subprocess.Popen[str]:
+    """The same, under way: with pipes to talk to it."""
     command = [sys.executable, "-W", "error", "-c", textwrap.dedent(code), *arguments]
     paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+    pipe = subprocess.PIPE
     environment = os.environ | {"PYTHONPATH": paths} | env
-    return subprocess.run(command, env=environment, text=True, capture_output=True, timeout=120)
+    return subprocess.Popen(command, env=environment, text=True, stdin=pipe, stdout=pipe, stderr=pipe)
 
 
 def write_signed_manifest(folder: Path, manifest: dict[str, Any]) -> None:

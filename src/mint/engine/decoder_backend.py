@@ -161,6 +161,9 @@ class DecoderBackend:
     def score_prompt(
         self, prompt: tuple[int, ...], adapter: int | None, num_topk: int
     ) -> Generator[None, None, PromptScores]:
+        self._check_open()
+        if adapter is not None and adapter not in self._adapters:
+            raise ClosedError("the sampling session was closed before this prompt was scored; make a new one")
         decoder, head = self._trainer.decoder, self._trainer.head
         tokens_T = torch.tensor(prompt, device=decoder.device)
         segment = Segment(0, len(prompt), self._adapters[adapter] if adapter is not None else None)
@@ -181,9 +184,12 @@ class DecoderBackend:
         return PromptScores([None, *logprob_P.tolist()], topk)
 
     def add_request(self, request: GenerateRequest) -> int:
+        self._check_open()
+        return self._sampler.add(request)
+
+    def _check_open(self) -> None:
         if self._closed:
             raise ClosedError("the base model was unloaded: every session that used it is closed")
-        return self._sampler.add(request)
 
     @torch.inference_mode()
     def step(self) -> list[Generation]:

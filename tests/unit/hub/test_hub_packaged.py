@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
+from tests.support.disk import full_disk
 from tests.support.tiny_models import write_tiny_gguf, write_tiny_model
 
-from mint.errors import HubUnreachableError, MissingExtraError, ModelNotFoundError
+from mint.errors import HubUnreachableError, MissingExtraError, ModelNotFoundError, StorageError
 from mint.hub import PACKAGED_MODELS, PackagedModel, load_tokenizer, packaged, resolve_model
 from mint.settings import Settings
 from mint.settings import load as load_settings
@@ -307,19 +308,29 @@ def test_a_killed_conversion_leaves_nothing_that_looks_like_a_model(
     assert entries(settings.models_dir) == [NAME]
 
 
-def test_an_error_while_converting_leaves_nothing(
-    record: PackagedModel, settings: Settings, wheel: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("max_bytes", [0, 50_000])
+def test_on_a_full_disk_nothing_half_is_left(
+    record: PackagedModel, settings: Settings, wheel: Path, max_bytes: int
 ) -> None:
     bring_wheel(wheel, settings)
-
-    def full_disk(_: Path, folder: Path) -> NoReturn:
-        (folder / "model.safetensors").write_bytes(b"half")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(packaged, "convert_llama_gguf", full_disk)
-    with pytest.raises(OSError, match="No space left"):
+    with full_disk(max_bytes), pytest.raises(StorageError) as caught:
         resolve_model(NAME, settings=settings)
+    text = str(caught.value)
+    assert text.startswith(f"converting {NAME} failed, and what was saved before is kept: File too large (")
+    assert f"Make room in MINT_HOME ({settings.home}) or make it writable" in text
     assert entries(settings.models_dir) == []
+    made = resolve_model(NAME, settings=settings)
+    with full_disk():  # nothing is written for a model that is there
+        assert resolve_model(NAME, settings=settings) == made
+
+
+def test_a_home_that_cannot_be_made_is_told_before_anything_is_fetched(
+    record: PackagedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    no_pip(monkeypatch)
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(StorageError, match=rf"^converting {NAME} failed, .*: Not a directory \({tmp_path}/file/home"):
+        resolve_model(NAME, settings=Settings(home=tmp_path / "file" / "home"))
 
 
 def test_of_two_processes_at_once_the_second_uses_the_folder_of_the_first(
@@ -340,6 +351,32 @@ def test_of_two_processes_at_once_the_second_uses_the_folder_of_the_first(
     assert resolve_model(NAME, settings=settings).path == folder
     assert winners == [folder.stat().st_ino]
     assert entries(settings.models_dir) == [NAME]
+
+
+def test_processes_that_convert_at_the_same_time_all_get_the_model(
+    record: PackagedModel, settings: Settings, wheel: Path
+) -> None:
+    bring_wheel(wheel, settings)
+    code = f"""
+        import sys
+        from pathlib import Path
+        from mint.hub import PACKAGED_MODELS, PackagedModel, packaged, resolve_model
+        from mint.settings import Settings
+        PACKAGED_MODELS[{NAME!r}] = PackagedModel(**{asdict(record)!r})
+        publish = packaged._publish
+        def all_at_once(*arguments):
+            print("made", flush=True)
+            sys.stdin.readline()
+            publish(*arguments)
+        packaged._publish = all_at_once
+        print(resolve_model({NAME!r}, settings=Settings(home=Path({str(settings.home)!r}))).path)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    children = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    assert [child.stdout.readline() for child in children if child.stdout] == ["made\n"] * 3
+    assert [child.communicate("go\n")[0] for child in children] == [f"{settings.models_dir / NAME}\n"] * 3
+    assert [child.returncode for child in children] == [0] * 3
+    assert packaged.is_converted(settings.models_dir / NAME, record) and entries(settings.models_dir) == [NAME]
 
 
 def test_the_real_packaged_model() -> None:
