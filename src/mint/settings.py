@@ -67,7 +67,8 @@ class Settings:
         except MintError:  # some are OSErrors, too
             raise
         except OSError as error:
-            where = next(folder for folder in (place, *place.parents) if folder.exists())
+            # os.path, because it says no where Path raises: below a folder that may not be looked into
+            where = next(folder for folder in (place, *place.parents) if os.path.exists(folder))
             takes = f"{num_bytes / 1e6:.1f} MB are needed, " if num_bytes else ""
             raise StorageError(
                 f"{what} failed, and what was saved before is kept: {error.strerror or error} "
