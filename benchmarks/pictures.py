@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import shutil
 import tempfile
 from pathlib import Path
@@ -22,13 +23,12 @@ def main() -> None:
     args = parser.parse_args()
     console = Console(record=True, force_terminal=True, width=104, emoji=False)
     console.print("[bold]$ mint sft --offline --out out/first --eval-every 10[/bold]")
-    with tempfile.TemporaryDirectory() as place:
-        out = Path(place) / FOLDER
-        chat_sft(ChatSftConfig(**{**OFFLINE, "eval_every": 10}), out, console)
-        args.images.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(out / "loss.png", args.images / "loss.png")
-        text = console.export_svg(title="MinT").replace(str(out), str(FOLDER))
-    (args.images / "terminal.svg").write_text(text, encoding="utf-8")
+    images = args.images.resolve()
+    with tempfile.TemporaryDirectory() as place, contextlib.chdir(place):
+        chat_sft(ChatSftConfig(**{**OFFLINE, "eval_every": 10}), FOLDER, console)
+        images.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(FOLDER / "loss.png", images / "loss.png")
+    (images / "terminal.svg").write_text(console.export_svg(title="MinT"), encoding="utf-8")
 
 
 if __name__ == "__main__":

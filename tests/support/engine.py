@@ -14,7 +14,7 @@ import json
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from mint import types
-from mint.engine.backend import AdapterState, Backend, GenerateRequest, Generation, Part, PartResult
+from mint.engine.backend import AdapterState, Backend, GenerateRequest, Generation, Part, PartResult, drain
 from mint.engine.decoder_backend import DecoderBackend
 from mint.engine.hf.backend import HfBackend
 from mint.engine.lora import named_tensors
@@ -41,15 +41,6 @@ Config = Mapping[str, float]
 FP32_LOGPROB = 1e-4
 FP32_GRADIENT = 1e-4
 VOCAB = tiny_models.TinyShape().vocab_size
-
-
-def drain(work: Generator[None, None, T]) -> T:
-    """Run a backend's work to its end; its value."""
-    while True:
-        try:
-            next(work)
-        except StopIteration as end:
-            return end.value
 
 
 def open_backend(

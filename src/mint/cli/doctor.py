@@ -6,9 +6,8 @@ import importlib.metadata
 import os
 import platform
 import time
-from collections.abc import Generator
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 import psutil
 import typer
@@ -20,8 +19,6 @@ from mint import settings as settings_module
 from mint.cli.common import EXIT_FAILED, JsonOption, command, make_console, print_json
 from mint.errors import MintError
 from mint.settings import Settings
-
-T = TypeVar("T")
 
 DISTRIBUTION = "mint-toolkit"
 LIBRARIES = ("torch", "transformers", "datasets", "huggingface_hub", "safetensors", "numpy", "peft", "gguf")
@@ -125,7 +122,7 @@ def measured_speed(model: str, settings: Settings) -> dict[str, Any]:
 
     from mint import types
     from mint.client.connect import make_backend
-    from mint.engine.backend import GenerateRequest, Part
+    from mint.engine.backend import GenerateRequest, Part, drain
     from mint.types.requests import prepare_training_input
 
     backend = make_backend(folder, model, settings)
@@ -145,7 +142,7 @@ def measured_speed(model: str, settings: Settings) -> dict[str, Any]:
     seconds = []
     for _ in range(3):
         started = time.perf_counter()
-        _finish(backend.forward_backward([part]))
+        drain(backend.forward_backward([part]))
         backend.optim_step("probe", types.AdamParams())
         seconds.append(time.perf_counter() - started)
     started = time.perf_counter()
@@ -181,15 +178,6 @@ def _local_folder(model: str, settings: Settings) -> Path | None:
         raise MintError(f"--model {model!r} is neither a folder nor the name of a model: {error}") from error
     except LocalEntryNotFoundError:
         return None
-
-
-def _finish(work: Generator[None, None, T]) -> T:
-    while True:
-        try:
-            next(work)
-        except StopIteration as end:
-            result: T = end.value
-            return result
 
 
 def judge(facts: dict[str, Any], device: str) -> tuple[list[str], list[str]]:

@@ -10,10 +10,10 @@ import dataclasses
 import json
 import shutil
 import uuid
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import typer
@@ -23,7 +23,7 @@ from safetensors.numpy import load_file
 from mint import settings as settings_module
 from mint.cli.common import JsonOption, checkpoint_named, command, make_console
 from mint.client.connect import EMBEDDED_TENANT, make_backend
-from mint.engine.backend import AdapterState, FloatArray
+from mint.engine.backend import AdapterState, FloatArray, drain
 from mint.errors import CheckpointError, InputError, MintError, OperationError, UnsupportedError
 from mint.hub import ModelSource, load_tokenizer, resolve_model
 from mint.hub.folders import tokenizer_files
@@ -34,8 +34,6 @@ from mint.types import LoraConfig, ParsedCheckpointTinkerPath
 
 if TYPE_CHECKING:
     from mint.engine.merge import Merged
-
-T = TypeVar("T")
 
 GENERATION_CONFIG = "generation_config.json"
 SHARD_BYTES = 5 * 10**9
@@ -198,18 +196,9 @@ def _logprobs(
             )
         for adapter in adapters:
             handle = None if adapter is None else backend.add_snapshot(*adapter)
-            logprobs = _finish(backend.score_prompt(tokens, handle, 0)).logprobs
+            logprobs = drain(backend.score_prompt(tokens, handle, 0)).logprobs
             scores.append(np.array(logprobs[1:], np.float32))
     return scores
-
-
-def _finish(work: Generator[None, None, T]) -> T:
-    while True:
-        try:
-            next(work)
-        except StopIteration as end:
-            result: T = end.value
-            return result
 
 
 def _write_merged(base: Path, fresh: Path, manifest: Manifest, state: AdapterState, shard_bytes: int) -> Merged:

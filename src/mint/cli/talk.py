@@ -109,6 +109,13 @@ def chat(
     from mint import types
 
     console = make_console()
+    choice: dict[str, Any] = {
+        "max_tokens": max_tokens,
+        "temperature": temperature,
+        "top_p": top_p,
+        "top_k": top_k,
+        "seed": seed,
+    }
     with command(make_console(stderr=True)), mint.ServiceClient() as service:
         speakers = [open_speaker(service, name, thinking=thinking)]
         if compare:
@@ -116,14 +123,7 @@ def chat(
             if base == speakers[0].label:
                 raise InputError(f"--compare: {name} is a base model itself; give a checkpoint")
             speakers.insert(0, open_speaker(service, base, thinking=thinking))
-        params = types.SamplingParams(
-            max_tokens=max_tokens,
-            temperature=temperature,
-            top_p=top_p,
-            top_k=top_k,
-            seed=seed,
-            stop_token_ids=speakers[0].renderer.stop_token_ids,
-        )
+        params = types.SamplingParams(**choice, stop_token_ids=speakers[0].renderer.stop_token_ids)
         for speaker in speakers:
             speaker.reset(system)
         console.print(f"[dim]{CHAT_HELP}[/dim]")
@@ -214,20 +214,20 @@ def sample(
     from mint import types
 
     console = make_console(stderr=True)  # stdout is the answers'
+    choice: dict[str, Any] = {
+        "max_tokens": max_tokens,
+        "temperature": temperature,
+        "top_p": top_p,
+        "top_k": top_k,
+        "seed": seed,
+    }
     texts = [line.rstrip("\n") for line in sys.stdin if line.strip()] if prompts in (None, [], ["-"]) else prompts
     with command(console, verbose=False), mint.ServiceClient() as service:
         if not texts:
             raise InputError("no prompt: give one as an argument, or lines on standard input")
         speaker = open_speaker(service, name, thinking=thinking)
         tokenizer = speaker.renderer.encoder.tokenizer
-        params = types.SamplingParams(
-            max_tokens=max_tokens,
-            temperature=temperature,
-            top_p=top_p,
-            top_k=top_k,
-            seed=seed,
-            stop_token_ids=speaker.renderer.stop_token_ids,
-        )
+        params = types.SamplingParams(**choice, stop_token_ids=speaker.renderer.stop_token_ids)
         inputs = []
         for text in texts:
             speaker.reset(system)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +18,7 @@ from mint.types.params import AdamParams, LoraConfig
 from mint.types.requests import TrainingInput
 from mint.types.results import SampledSequence, TopkLogprobs
 
+T = TypeVar("T")
 FloatArray = npt.NDArray[np.float32]
 Metrics = dict[str, float]
 
@@ -128,6 +129,16 @@ class PromptScores:
 
     logprobs: list[float | None]
     topk: TopkLogprobs | None
+
+
+def drain(work: Generator[None, None, T]) -> T:
+    """Do all of a work at once; its result."""
+    while True:
+        try:
+            next(work)
+        except StopIteration as end:
+            result: T = end.value
+            return result
 
 
 class Backend(Protocol):

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-SMOOTH_FROM, SMOOTH_OVER = 20, 10  # steps
+SMOOTH_FROM, SMOOTH_OVER = 50, 10  # steps
 
 
 def plot_losses(metrics: Sequence[Mapping[str, Any]], path: Path, title: str = "Chat fine-tuning") -> None:
