@@ -21,7 +21,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--images", type=Path, default=IMAGES)
     args = parser.parse_args()
-    console = Console(record=True, force_terminal=True, width=104, emoji=False)
+    # not a terminal: a recorded bar would show all its states at once
+    console = Console(record=True, force_terminal=False, width=104, emoji=False, highlight=False)
     console.print("[bold]$ mint sft --offline --out out/first --eval-every 10[/bold]")
     images = args.images.resolve()
     with tempfile.TemporaryDirectory() as place, contextlib.chdir(place):

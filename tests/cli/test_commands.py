@@ -237,7 +237,7 @@ def test_the_doctor_sees_who_else_is_called_mint(monkeypatch: pytest.MonkeyPatch
         (["sample", "tinker://nobody/weights/a", "hi"], "no run 'nobody'"),
         (["models", "pull", "nonsense"], "there is no base model 'nonsense'"),
         (["models", "show", "./nowhere"], "there is no folder 'nowhere'"),
-        (["export", "final", "out"], "checkpoint path 'final'"),
+        (["export", "final", "nowhere/out"], "checkpoint path 'final'"),
         (["sft", "--dataset", "nowhere.jsonl"], "data set 'nowhere.jsonl': there is no such file"),
         (["sft", "--resume", "nowhere"], "holds no config.json"),
         (["sft", "--resume", "x", "--rank", "4"], "--resume takes its options from the run's config.json"),
@@ -277,6 +277,13 @@ def test_sft_trains_a_file_and_prints_its_summary_as_json(tiny_model: str, tmp_p
     assert talk.exit_code == 0, talk.output
     plan = answer("sft", *options, "--steps", "3", "--dry-run")
     assert plan["steps"] == 3 and plan["tokens"] > 0
+
+
+def test_a_folder_that_cannot_be_written_is_one_message(tiny_model: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    done = invoke("sft", "--model", tiny_model, "--dataset", "packaged", "--out", str(tmp_path / "file" / "out"))
+    assert done.exit_code == 1 and "Traceback" not in done.output
+    assert "error:" in done.stderr and str(tmp_path / "file") in done.stderr.replace("\n", "")
 
 
 def test_wrong_use_is_exit_code_2() -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.numpy import load
 
 import mint
 from mint.engine.backend import AdapterState
@@ -294,23 +295,33 @@ def test_a_listing_that_began_during_an_overwrite_ends_after_it(
     assert [c.tinker_path for c in world.rest().list_checkpoints(run.model_id).result().checkpoints] == [path]
 
 
+@pytest.mark.parametrize("opened", ["manifest.json", "adapter_model.safetensors", "adapter_config.json"])
 def test_a_checkpoint_that_is_replaced_while_it_is_read_is_the_old_or_the_new_one(
-    world: Embedded, run: mint.TrainingClient, monkeypatch: pytest.MonkeyPatch
+    world: Embedded, run: mint.TrainingClient, monkeypatch: pytest.MonkeyPatch, mint_home: Path, opened: str
 ) -> None:
     path = run.save_state("a").result(GUARD).path
+    folder = checkpoint_folder(mint_home, path)
+    old = (folder / "adapter_model.safetensors").read_bytes()
     train(run, 1)
-    read, replaced = checkpoints._read_manifest, []
+    plain, found = Path.open, []
 
-    def then_replace(place: Path, name: str) -> Any:
-        monkeypatch.setattr(checkpoints, "_read_manifest", read)
-        manifest = read(place, name)
-        run.save_state("a", overwrite=True).result(GUARD)
-        replaced.append(manifest.sha256)
-        return manifest
+    def then_replace(self: Path, *arguments: Any, **options: Any) -> Any:
+        file = plain(self, *arguments, **options)
+        if self.name == opened and arguments == ("rb",):
+            monkeypatch.setattr(Path, "open", plain)
+            run.save_state("a", overwrite=True).result(GUARD)
+        return file
 
-    monkeypatch.setattr(checkpoints, "_read_manifest", then_replace)
-    run.create_sampling_client(path)
-    assert len(replaced) == 1 and checkpoints.ADAPTER in replaced[0]
+    def keep(content: bytes) -> Any:
+        found.append(content)
+        return load(content)
+
+    monkeypatch.setattr(checkpoints, "load", keep)
+    monkeypatch.setattr(Path, "open", then_replace)
+    world.rest().get_weights_info_by_tinker_path(path).result(GUARD)
+    new = (folder / "adapter_model.safetensors").read_bytes()
+    # between two openings the halves do not fit and both are read anew; after the last one the old files are held
+    assert old != new and found == [old if opened == "adapter_config.json" else new]
 
 
 def test_a_delete_that_is_killed_does_not_bring_an_older_one_back(

@@ -125,6 +125,14 @@ def test_resuming_repeats_the_uninterrupted_run_bit_for_bit(config, tmp_path, st
         assert resumed[key] == whole[key], key
 
 
+def test_a_raised_goal_is_remembered_by_a_run_that_is_stopped_on_its_way(config, tmp_path, stop_after):
+    out = tmp_path / "out"
+    chat_sft(config, out, quiet())
+    stop_after(7)
+    assert chat_sft(load_config(out, num_steps=9), out, quiet(), resume=True)["status"] == "interrupted"
+    assert chat_sft(load_config(out), out, quiet(), resume=True)["step"] == 9  # as the printed command does it
+
+
 def test_a_finished_run_is_continued_by_more_steps_and_metrics_after_the_checkpoint_are_forgotten(config, tmp_path):
     out = tmp_path / "out"
     chat_sft(config, out, quiet())

@@ -31,13 +31,13 @@ def print_json(value: Any) -> None:
 
 @contextlib.contextmanager
 def command(console: Console, *, verbose: bool = True) -> Iterator[None]:
-    """Log MinT's lines to `console`; errors of MinT's own become one message on stderr and exit code 1."""
+    """Log MinT's lines to `console`; errors of MinT's own and of files become one message on stderr and exit code 1."""
     handler = RichHandler(console=console, show_path=False, show_time=False, show_level=False, markup=False)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler], force=True)
     logging.getLogger("mint").setLevel(logging.INFO if verbose else logging.WARNING)
     try:
         yield
-    except MintError as error:
+    except (MintError, OSError) as error:  # of the system's: a folder that cannot be written, say
         Console(stderr=True, emoji=False).print(
             f"[red]error:[/red] {_escaped(str(error))}", soft_wrap=True, highlight=False
         )

@@ -221,7 +221,8 @@ def sample(
         "top_k": top_k,
         "seed": seed,
     }
-    texts = [line.rstrip("\n") for line in sys.stdin if line.strip()] if prompts in (None, [], ["-"]) else prompts
+    piped = prompts == ["-"] or (not prompts and not sys.stdin.isatty())
+    texts = [line.rstrip("\n") for line in sys.stdin if line.strip()] if piped else prompts
     with command(console, verbose=False), mint.ServiceClient() as service:
         if not texts:
             raise InputError("no prompt: give one as an argument, or lines on standard input")

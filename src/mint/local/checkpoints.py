@@ -20,7 +20,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
@@ -217,7 +217,7 @@ def delete_checkpoint(folder: Path, path: str) -> None:
 
 def _unchanging(folder: Path, read: Callable[[Path], T]) -> T:
     """What `read` makes of the checkpoint's files, read again where a save replaced them meanwhile."""
-    for _ in range(10):
+    for _ in range(100):  # each a moment; a process that saves without a pause cannot keep up
         place = locate(folder)
         before = _stamp(place)
         try:
@@ -241,19 +241,33 @@ def read_manifest(folder: Path, path: str) -> Manifest:
     return _unchanging(folder, lambda place: _read_manifest(place, path))
 
 
+def _contents(place: Path, names: Sequence[str]) -> dict[str, bytes]:
+    """Of those files that are there. All are opened before the first is read: a save that replaces the folder meanwhile
+    takes nothing away."""
+    with contextlib.ExitStack() as stack:
+        files = {}
+        for name in names:
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                files[name] = stack.enter_context((place / name).open("rb"))
+        return {name: file.read() for name, file in files.items()}
+
+
 def _read_manifest(place: Path, path: str) -> Manifest:
-    file = place / MANIFEST
-    if not file.is_file():
+    return _parse_manifest(_contents(place, [MANIFEST]).get(MANIFEST), path)
+
+
+def _parse_manifest(content: bytes | None, path: str) -> Manifest:
+    if content is None:
         raise CheckpointNotFoundError(
             f"no checkpoint {path}; list what there is with RestClient.list_user_checkpoints()"
         )
     try:
-        raw = json.loads(file.read_bytes())
+        raw = json.loads(content)
         number = raw["format"]
         if number != FORMAT:
             raise CheckpointError(f"checkpoint {path}: format {number}, this MinT reads format {FORMAT}")
         manifest = Manifest.model_validate_json(json.dumps(raw))
-    except (CheckpointError, FileNotFoundError):
+    except CheckpointError:
         raise
     except (ValueError, TypeError, KeyError) as error:
         reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
@@ -282,16 +296,15 @@ def read_checkpoint(folder: Path, path: str, *, optimizer: bool) -> tuple[Manife
 
 
 def _read_checkpoint(place: Path, path: str, *, optimizer: bool) -> tuple[Manifest, AdapterState]:
-    manifest = _read_manifest(place, path)
+    names = [ADAPTER, ADAPTER_CONFIG, *([OPTIMIZER] if optimizer else [])]
+    contents = _contents(place, [MANIFEST, *names])
+    manifest = _parse_manifest(contents.get(MANIFEST), path)
     if optimizer and manifest.checkpoint_type != "training":
         raise CheckpointError(
             f"checkpoint {path} holds sampler weights only, no optimizer; load it without the optimizer"
         )
-    contents: dict[str, bytes] = {}
-    for name in [ADAPTER, ADAPTER_CONFIG, *([OPTIMIZER] if optimizer else [])]:
-        file = place / name
-        contents[name] = file.read_bytes() if file.is_file() else b""
-        if hashlib.sha256(contents[name]).hexdigest() != manifest.sha256.get(name):
+    for name in names:
+        if hashlib.sha256(contents.get(name, b"")).hexdigest() != manifest.sha256.get(name):
             raise CheckpointError(
                 f"checkpoint {path}: {name} is missing or damaged (its SHA-256 differs from the manifest's)"
             )

@@ -122,6 +122,7 @@ def chat_sft(
     service = mint.ServiceClient()
     if resume:
         client = service.create_training_client_from_state_with_optimizer(summary["checkpoint"])
+        folder.write_config(asdict(config))  # a raised goal holds for the next time, too
         metrics = folder.forget_metrics_after(done)
     else:
         client = create_run(service, config)
@@ -342,7 +343,7 @@ def report(console: Console, prepared: Prepared, summary: dict[str, Any], out: P
     )
     more = "" if summary["status"] == "interrupted" else f" --steps {2 * int(summary['step'])}"
     console.print(f"go on:      mint sft --resume {out}{more}", soft_wrap=True)
-    console.print(f"talk to it: mint chat {summary['checkpoint']}", soft_wrap=True)
+    console.print(f"talk to it: mint chat {out}", soft_wrap=True)
 
 
 def dry_run(config: ChatSftConfig, console: Console | None = None) -> dict[str, Any]:

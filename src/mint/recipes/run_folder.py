@@ -42,6 +42,9 @@ class RunFolder:
         self.require_unused()
         self.path.mkdir(parents=True, exist_ok=True)
         self._write(METRICS, "")
+        self.write_config(config)
+
+    def write_config(self, config: dict[str, Any]) -> None:
         self._write(CONFIG, json.dumps(config, indent=2))
 
     def read_config(self) -> dict[str, Any]:
