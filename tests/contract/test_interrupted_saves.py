@@ -320,8 +320,8 @@ def test_a_checkpoint_that_is_replaced_while_it_is_read_is_the_old_or_the_new_on
     monkeypatch.setattr(Path, "open", then_replace)
     world.rest().get_weights_info_by_tinker_path(path).result(GUARD)
     new = (folder / "adapter_model.safetensors").read_bytes()
-    # between two openings the halves do not fit and both are read anew; after the last one the old files are held
-    assert old != new and found == [old if opened == "adapter_config.json" else new]
+    # a manifest and weights of two saves do not fit, and both are read anew; what is open is held
+    assert old != new and found == [new if opened == "manifest.json" else old]
 
 
 def test_a_delete_that_is_killed_does_not_bring_an_older_one_back(
