@@ -84,10 +84,11 @@ def open_speaker(service: mint.ServiceClient, name: str, *, thinking: bool) -> S
     """Of a checkpoint path, the folder of a recipe's run, or a base model."""
     from mint.chat import get_renderer
 
-    name = checkpoint_named(name)
-    client = (
-        service.create_sampling_client(name) if is_checkpoint(name) else service.create_sampling_client(base_model=name)
-    )
+    path = checkpoint_named(name)
+    if is_checkpoint(path):
+        client = service.create_sampling_client(path)
+    else:
+        client = service.create_sampling_client(base_model=path)
     return Speaker(name, client, get_renderer(client.get_tokenizer(), thinking=thinking))
 
 
