@@ -85,10 +85,7 @@ def open_speaker(service: mint.ServiceClient, name: str, *, thinking: bool) -> S
     from mint.chat import get_renderer
 
     path = checkpoint_named(name)
-    if is_checkpoint(path):
-        client = service.create_sampling_client(path)
-    else:
-        client = service.create_sampling_client(base_model=path)
+    client = service.create_sampling_client(**{"model_path" if is_checkpoint(path) else "base_model": path})
     return Speaker(name, client, get_renderer(client.get_tokenizer(), thinking=thinking))
 
 
