@@ -85,7 +85,8 @@ def open_speaker(service: mint.ServiceClient, name: str, *, thinking: bool) -> S
     from mint.chat import get_renderer
 
     path = checkpoint_named(name)
-    client = service.create_sampling_client(**{"model_path" if is_checkpoint(path) else "base_model": path})
+    model_path, base_model = (path, None) if is_checkpoint(path) else (None, path)
+    client = service.create_sampling_client(model_path, base_model)
     return Speaker(name, client, get_renderer(client.get_tokenizer(), thinking=thinking))
 
 
