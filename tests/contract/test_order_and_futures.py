@@ -248,7 +248,9 @@ def test_a_future_lets_go_of_its_client_once_the_result_is_there(
     assert dropped() is None
 
 
-def test_ctrl_c_while_waiting_leaves_the_client_usable(world: Embedded, run: mint.TrainingClient) -> None:
+def test_ctrl_c_while_waiting_leaves_the_client_usable(
+    world: Embedded, run: mint.TrainingClient, ctrl_c_interrupts: None
+) -> None:
     interrupted = threading.Event()
 
     def loss(data: Any, p: Any) -> Any:

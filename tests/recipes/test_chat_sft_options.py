@@ -11,6 +11,7 @@ from mint.data import Cursor
 from mint.errors import InputError
 from mint.recipes import chat_sft as recipe
 from mint.recipes.chat_sft import ChatSftConfig, chat_sft, dry_run, load_config
+from mint.recipes.interrupt import StopOnCtrlC
 from mint.recipes.progress import TrainingProgress
 
 
@@ -49,7 +50,7 @@ def metrics(out):
 
 
 @pytest.fixture
-def stop_after(monkeypatch):
+def stop_after(monkeypatch, ctrl_c_interrupts):
     """As if the user pressed Ctrl-C during a step."""
 
     def at(step):
@@ -111,6 +112,16 @@ def test_ctrl_c_ends_after_the_step_saves_and_says_how_to_go_on(config, tmp_path
     text = console.file.getvalue()
     assert "finishing this step, then saving" in text and f"mint sft --resume {tmp_path / 'out'}\n" in text
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_process_that_ignores_ctrl_c_goes_on_ignoring_it():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with StopOnCtrlC(quiet()) as stop:
+            signal.raise_signal(signal.SIGINT)
+        assert not stop.requested and signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_resuming_repeats_the_uninterrupted_run_bit_for_bit(config, tmp_path, stop_after, monkeypatch):

@@ -12,7 +12,8 @@ from rich.console import Console
 class StopOnCtrlC:
     """Inside the `with` block the first Ctrl-C sets `requested`; a second one is a KeyboardInterrupt as ever.
 
-    Outside the main thread, where no handler can be set, Ctrl-C is left as it is.
+    Ctrl-C is left as it is outside the main thread, where no handler can be set, and where the process was started to
+    ignore it (in the background of a script, say).
     """
 
     def __init__(self, console: Console) -> None:
@@ -21,7 +22,8 @@ class StopOnCtrlC:
         self._before: object = None
 
     def __enter__(self) -> StopOnCtrlC:
-        if threading.current_thread() is threading.main_thread():
+        ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+        if threading.current_thread() is threading.main_thread() and not ignored:
             self._before = signal.signal(signal.SIGINT, self._heard)
         return self
 
