@@ -29,7 +29,8 @@ NOT_RUN = {" hub", " setup"}
 @pytest.fixture(scope="session")
 def tiny_packaged_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     home = tmp_path_factory.mktemp("docs_home")
-    folder = write_tiny_model(home / "models" / NAME, "smollm", context=4096)
+    shape = {"context": 4096, "hidden": 32, "layers": 1, "heads": 2, "kv_heads": 1, "intermediate": 48}
+    folder = write_tiny_model(home / "models" / NAME, "smollm", **shape)
     record = PACKAGED_MODELS[NAME]
     manifest = {
         "member_sha256": record.member_sha256,
