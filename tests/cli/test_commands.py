@@ -17,6 +17,8 @@ from mint import types
 from mint.cli.main import app
 from tests.support.clients import batch, train
 
+pytestmark = pytest.mark.usefixtures("logging_as_before")
+
 runner = CliRunner()
 
 

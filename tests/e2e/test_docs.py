@@ -9,12 +9,15 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from mint.cli.main import app
 from mint.hub.gguf_convert import CONVERTER_VERSION
 from mint.hub.package_files import PACKAGED_MODELS
 from tests.support.tiny_models import write_tiny_model
@@ -51,17 +54,23 @@ def blocks(path: Path, language: str) -> list[tuple[str, str]]:
     return [(mark, text) for found, mark, text in BLOCK.findall(path.read_text(encoding="utf-8")) if found == language]
 
 
+@pytest.mark.usefixtures("logging_as_before")
 @pytest.mark.parametrize("path", [p for p in DOCS if blocks(p, "sh")], ids=lambda p: p.name)
-def test_commands_of_the_documentation_run(path: Path, tiny_packaged_home: Path, tmp_path: Path) -> None:
+def test_commands_of_the_documentation_run(
+    path: Path, tiny_packaged_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`mint` in this process, which has loaded its libraries; everything else in a shell."""
+    monkeypatch.setenv("MINT_HOME", str(tiny_packaged_home))
+    monkeypatch.chdir(tmp_path)
     for mark, text in blocks(path, "sh"):
         assert mark in {"", *NOT_RUN}, f"{path.name}: unknown mark {mark!r}"
-        if mark in NOT_RUN:
-            continue
-        done = subprocess.run(
-            ["bash", "-euo", "pipefail", "-c", text], cwd=tmp_path, env=environment(tiny_packaged_home),
-            capture_output=True, text=True, timeout=300, input="Hello\n",
-        )  # fmt: skip
-        assert done.returncode == 0, f"{path.name}:\n{text}\n{done.stdout}\n{done.stderr}"
+        for line in text.splitlines() if mark not in NOT_RUN else ():
+            program, *arguments = shlex.split(line, comments=True)
+            if program == "mint":
+                result = CliRunner().invoke(app, arguments, input="Hello\n")
+                assert result.exit_code == 0, f"{path.name}: {line}\n{result.output}"
+            else:
+                subprocess.run(["bash", "-euo", "pipefail", "-c", line], check=True, timeout=60)
 
 
 def test_the_program_of_the_concepts_runs(tiny_packaged_home: Path, tmp_path: Path) -> None:
