@@ -236,3 +236,12 @@ def test_odd_shapes_and_indices_are_refused_as_input(arguments: tuple[Any, ...])
     with pytest.raises(InputError) as caught:
         TensorData(*arguments)
     assert str(caught.value).startswith("TensorData")
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
+def test_a_sparse_tensor_of_torch_is_taken_as_the_dense_one() -> None:
+    import torch
+
+    dense = torch.tensor([[0.0, 2.0], [3.0, 0.0]])
+    for sparse in (dense.to_sparse_csr(), dense.to_sparse()):
+        assert TensorData(sparse) == TensorData(dense)
