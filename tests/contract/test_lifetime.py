@@ -11,10 +11,11 @@ from pathlib import Path
 from tests.support.clients import ROOT, child
 from tests.support.tiny_models import write_tiny_model
 
-WARM, LAST = 20, 100  # cycles with one client, and as many with a client each
-# Measured: 0.3 MB, once 2.0. A snapshot of this run that is never freed takes 50 kB, a run 200 kB, the model 500 kB, at
-# every cycle; allowed are 45 kB, for the allocators and for safetensors, which keeps 70 bytes of every tensor it reads.
-MAX_GROWTH_MB = 3.6
+WARM, LAST = 50, 130  # cycles with one client, and as many with a client each
+# Measured: 0.3 MB; before cycle 50 the allocators may still take 2 MB once. A snapshot of this run that is never freed takes
+# 50 kB, a run 200 kB, the model 500 kB, at every cycle; allowed are 25 kB, for the allocators and for safetensors, which
+# keeps 70 bytes of every tensor it reads.
+MAX_GROWTH_MB = 2.0
 
 GIVES_BACK = """
     import gc, json, sys
@@ -35,8 +36,8 @@ GIVES_BACK = """
     large = sys.argv[1]
     use(large)  # the libraries are loaded
     before = rss()
-    during = use(large)
-    print(json.dumps([before, during, rss()]))
+    during, after = zip(*((use(large), rss()) for _ in range(3)))
+    print(json.dumps([before, min(during), min(after)]))  # what is kept for good is kept every time
 """
 
 
@@ -62,4 +63,4 @@ def test_close_gives_the_model_back_to_the_system(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     before, during, after = json.loads(done.stdout)
     assert during - before > size > 50
-    assert after - before < 0.5 * size  # what is kept is the allocators' (0 to 12 MB were seen), the model is gone
+    assert after - before < 0.1 * size
