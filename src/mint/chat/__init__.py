@@ -17,9 +17,10 @@ from mint.chat.datums import (
     shift,
     tokenize_conversation,
 )
-from mint.chat.messages import Message, check_messages, skip_reason
+from mint.chat.messages import Message, UnusableRow, check_messages, skip_reason
 from mint.chat.renderer import Renderer, Response, get_renderer
 from mint.chat.report import ConversionReport, Converter, convert_conversations
+from mint.chat.view import ShownRow, ShownToken, TokenKind
 
 __all__ = [
     "ConversionReport",
@@ -28,7 +29,11 @@ __all__ = [
     "OnOverlong",
     "Renderer",
     "Response",
+    "ShownRow",
+    "ShownToken",
+    "TokenKind",
     "TrainOn",
+    "UnusableRow",
     "check_messages",
     "conversation_to_datum",
     "conversation_to_datums",

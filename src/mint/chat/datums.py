@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -64,15 +64,23 @@ class Example:
 class Conversion:
     """A converted conversation and what was done to it.
 
+    examples: none where nothing that should be trained fits. turns: assistant turns that should be trained.
+    length: tokens of the longest example before anything was cut.
+    cut_tokens: tokens that were cut off or left out to keep to max_length.
     shortened_turns: trained turns that lost a part of their answer or of their history.
     dropped_turns: assistant turns that should have been trained, but do not fit.
     trailing_messages: messages after the last assistant turn, which nothing is trained on.
+    is_split: several examples were made because the template writes earlier turns differently later on.
     """
 
     examples: list[Example]
+    turns: int
+    length: int
+    cut_tokens: int
     shortened_turns: int
     dropped_turns: int
     trailing_messages: int
+    is_split: bool
     has_control_text: bool
     injected_system: str | None
 
@@ -108,7 +116,7 @@ def conversation_to_datums(
     """
     rules = Rules(max_length, train_on, on_overlong)
     conversion = convert(check_messages(messages), as_renderer(tokenizer), rules)
-    return [to_datum(example) for example in conversion.examples]
+    return [to_datum(example) for example in require_examples(conversion, rules)]
 
 
 def conversation_to_datum(
@@ -168,7 +176,7 @@ def to_datum(example: Example) -> types.Datum:
 
 
 def convert(messages: tuple[Message, ...], renderer: Renderer, rules: Rules) -> Conversion:
-    """The examples of a checked conversation. Raises DataError where there are none."""
+    """The examples of a checked conversation, none where all are too long. Raises DataError where it cannot be used."""
     turns = [index for index, message in enumerate(messages) if message.role == "assistant"]
     if not turns:
         raise data_error("no_assistant", "the conversation has no assistant message, so there is nothing to train on")
@@ -176,22 +184,38 @@ def convert(messages: tuple[Message, ...], renderer: Renderer, rules: Rules) -> 
     if rules.train_on == "last_assistant":
         turns = turns[-1:]
     builder = _Builder(renderer, rules)
-    fitted = [builder.fit(messages[: turn + 1]) for turn in turns]
-    examples = _join([example for example, _ in fitted if example])
-    if not examples:
+    fits = [builder.fit(messages[: turn + 1]) for turn in turns]
+    examples = _join([fit.example for fit in fits if fit.example])
+    return Conversion(
+        examples,
+        turns=len(turns),
+        length=max(fit.length for fit in fits),
+        cut_tokens=sum(fit.length - (len(fit.example.tokens) if fit.example else 0) for fit in fits),
+        shortened_turns=sum(fit.example is not None and fit.length > len(fit.example.tokens) for fit in fits),
+        dropped_turns=sum(fit.example is None for fit in fits),
+        trailing_messages=trailing,
+        is_split=len(examples) > 1 and not any(fit.length > rules.max_length for fit in fits),
+        has_control_text=renderer.encoder.has_control_text(list(builder.encoded)),
+        injected_system=injected_system(renderer.layout, messages),
+    )
+
+
+def require_examples(conversion: Conversion, rules: Rules) -> list[Example]:
+    """The examples; DataError where there are none."""
+    if not conversion.examples:
         raise data_error(
             "overlong",
             f"no trained token is within max_length={rules.max_length} with on_overlong={rules.on_overlong!r}; "
             "raise max_length or leave the row out",
         )
-    return Conversion(
-        examples,
-        shortened_turns=sum(1 for example, was_shortened in fitted if example and was_shortened),
-        dropped_turns=sum(1 for example, _ in fitted if not example),
-        trailing_messages=trailing,
-        has_control_text=renderer.encoder.has_control_text(list(builder.encoded)),
-        injected_system=injected_system(renderer.layout, messages),
-    )
+    return conversion.examples
+
+
+class _Fit(NamedTuple):
+    """A trained turn within max_length, None if it does not fit; how many tokens it takes uncut."""
+
+    example: Example | None
+    length: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,27 +226,28 @@ class _Builder:
     rules: Rules
     encoded: dict[Span, list[int]] = field(default_factory=dict)
 
-    def fit(self, messages: tuple[Message, ...]) -> tuple[Example | None, bool]:
-        """The last message as a trained turn within max_length, or None; and whether it had to be shortened."""
+    def fit(self, messages: tuple[Message, ...]) -> _Fit:
+        """The last message as a trained turn."""
         limit, turn = self.rules.max_length, len(messages) - 1
         example = self.build(messages)
-        if len(example.tokens) <= limit:
-            return example, False
+        length = len(example.tokens)
+        if length <= limit:
+            return _Fit(example, length)
         match self.rules.on_overlong:
             case "error":
                 raise data_error(
                     "overlong",
-                    f"message {turn} and its prompt take {len(example.tokens)} tokens, max_length is {limit}; raise "
+                    f"message {turn} and its prompt take {length} tokens, max_length is {limit}; raise "
                     "max_length, or choose on_overlong='drop', 'truncate_right' or 'truncate_left_turns'",
                 )
             case "truncate_right" if any(example.weights[:limit]):
-                return replace(example, tokens=example.tokens[:limit], weights=example.weights[:limit]), True
+                return _Fit(replace(example, tokens=example.tokens[:limit], weights=example.weights[:limit]), length)
             case "truncate_left_turns":
                 for shorter in _without_oldest_turns(messages):
                     example = self.build(shorter)
                     if len(example.tokens) <= limit:
-                        return example, True
-        return None, True
+                        return _Fit(example, length)
+        return _Fit(None, length)
 
     def build(self, messages: tuple[Message, ...]) -> Example:
         """The last message after the prompt of the others."""
@@ -272,7 +297,7 @@ def _without_oldest_turns(messages: tuple[Message, ...]) -> Iterator[tuple[Messa
 
 def _only_example(messages: Sequence[Mapping[str, Any]], tokenizer: Tokenizer | Renderer, rules: Rules) -> Example:
     renderer = as_renderer(tokenizer)
-    examples = convert(check_messages(messages), renderer, rules).examples
+    examples = require_examples(convert(check_messages(messages), renderer, rules), rules)
     if len(examples) > 1:
         raise InputError(
             f"one datum cannot train all {len(examples)} answers of this conversation: the "

@@ -14,6 +14,7 @@ from typing import Final, Literal
 from mint.errors import DataError
 
 SkipReason = Literal[
+    "unreadable",  # the source could not read a conversation from the row
     "not_a_conversation",  # not a non-empty list of messages
     "bad_role",
     "tool_message",
@@ -48,6 +49,13 @@ class Message:
     content: str
 
 
+@dataclass(frozen=True, slots=True)
+class UnusableRow:
+    """Stands in a data set for a row of which no conversation could be read. error: names file, row and field."""
+
+    error: str
+
+
 def data_error(reason: SkipReason, text: str) -> DataError:
     """A DataError whose message starts with the reason code, so that the code survives pickling."""
     return DataError(f"[{reason}] {text}")
@@ -67,6 +75,8 @@ def check_messages(messages: object) -> tuple[Message, ...]:
     MEANINGFUL_KEYS are refused unless their value is empty (data sets fill absent keys with None); others are ignored.
     Raises DataError that names the message and what is allowed.
     """
+    if isinstance(messages, UnusableRow):
+        raise data_error("unreadable", messages.error)
     if not isinstance(messages, list | tuple) or not messages:
         given = "an empty list" if isinstance(messages, list | tuple) else type(messages).__name__
         hint = "; pass its list of messages, e.g. row['messages']" if isinstance(messages, Mapping) else ""

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mint import types
-from mint.chat.datums import Conversion, OnOverlong, Rules, TrainOn, as_renderer, convert, to_datum
+from mint.chat.datums import Conversion, OnOverlong, Rules, TrainOn, as_renderer, convert, require_examples, to_datum
 from mint.chat.encoding import Tokenizer
 from mint.chat.messages import Message, check_messages, skip_reason
 from mint.chat.renderer import Renderer
@@ -113,9 +113,26 @@ def convert_conversations(
     return datums, converter.report
 
 
+@dataclass(frozen=True, slots=True)
+class RowOutcome:
+    """What became of row `number`: a conversion, or the error for which it cannot be used.
+
+    digest: of roles and contents, equal for equal conversations; None where there is no conversation.
+    """
+
+    number: int
+    digest: bytes | None
+    conversion: Conversion | None
+    error: DataError | None
+
+
 class Converter:
     """As `convert_conversations`, row by row: `converter(number, row)` gives the datums of a row, none where it cannot be
-    used. `report` counts a row once, however often it comes."""
+    used. `report` counts a row once, however often it comes.
+
+    It is `take(outcome(number, row))`: the first half costs time and knows nothing of other rows, so it can run in another
+    process; the second half counts.
+    """
 
     def __init__(
         self,
@@ -126,29 +143,42 @@ class Converter:
         on_overlong: OnOverlong = "drop",
     ) -> None:
         self.report = ConversionReport()
-        self._renderer, self._rules = as_renderer(tokenizer), Rules(max_length, train_on, on_overlong)
+        self.renderer, self.rules = as_renderer(tokenizer), Rules(max_length, train_on, on_overlong)
         self._numbers: set[int] = set()
         self._digests: set[bytes] = set()
 
     def __call__(self, number: int, row: Any) -> list[types.Datum]:
         """Raises DataError for an overlong row, and only with on_overlong="error"."""
-        report = ConversionReport() if number in self._numbers else self.report
-        self._numbers.add(number)
-        report.rows += 1
+        return self.take(self.outcome(number, row))
+
+    def outcome(self, number: int, row: Any) -> RowOutcome:
+        """Converts a row; changes nothing."""
+        digest = None
         try:
             messages = check_messages(row)
-            if report is self.report:
-                digest = _digest(messages)
-                report.duplicate_rows += digest in self._digests
-                self._digests.add(digest)
-            conversion = convert(messages, self._renderer, self._rules)
+            digest = _digest(messages)
+            conversion = convert(messages, self.renderer, self.rules)
+            require_examples(conversion, self.rules)
         except DataError as error:
-            if self._rules.on_overlong == "error" and skip_reason(error) == "overlong":
-                raise DataError(f"{error} (row {number})") from None
-            report.skip(number, error)
+            return RowOutcome(number, digest, None, error)
+        return RowOutcome(number, digest, conversion, None)
+
+    def take(self, outcome: RowOutcome) -> list[types.Datum]:
+        """Counts an outcome and gives its datums. Raises as `converter(number, row)`."""
+        report = ConversionReport() if outcome.number in self._numbers else self.report
+        self._numbers.add(outcome.number)
+        report.rows += 1
+        if outcome.digest is not None and report is self.report:
+            report.duplicate_rows += outcome.digest in self._digests
+            self._digests.add(outcome.digest)
+        if outcome.conversion is None:
+            assert outcome.error is not None
+            if self.rules.on_overlong == "error" and skip_reason(outcome.error) == "overlong":
+                raise DataError(f"{outcome.error} (row {outcome.number})")
+            report.skip(outcome.number, outcome.error)
             return []
-        made = [to_datum(example) for example in conversion.examples]
-        report.add(conversion, made)
+        made = [to_datum(example) for example in outcome.conversion.examples]
+        report.add(outcome.conversion, made)
         return made
 
 
