@@ -46,7 +46,7 @@ def quiet():
 
 def metrics(out):
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
+    return [{key: value for key, value in row.items() if key not in ("seconds", "wait_seconds")} for row in rows]
 
 
 @pytest.fixture
