@@ -109,7 +109,8 @@ class DiskCache:
             self._connection.close()
         advice = "make room, or make it writable"
         if isinstance(error, sqlite3.DatabaseError) and not isinstance(error, sqlite3.OperationalError):
-            self.path.unlink(missing_ok=True)
+            for path in (self.path.with_name(f"{self.path.name}-journal"), self.path):
+                path.unlink(missing_ok=True)
             advice = "it was damaged and is deleted; the next program begins a new one"
         logger.warning(
             "the cache of conversions cannot be used, and this program goes on without it: %s (%s): %s",
