@@ -140,6 +140,7 @@ def test_resuming_repeats_the_uninterrupted_run_bit_for_bit(config, tmp_path, st
 
 
 def test_workers_and_cache_change_no_number_and_the_wait_is_told(config, tmp_path, mint_home):
+    others = psutil.Process().children()
     plain = chat_sft(config, tmp_path / "plain", quiet())
     with_both = replace(config, workers=1, cache=True)
     for name in ("empty cache", "full cache"):
@@ -155,7 +156,7 @@ def test_workers_and_cache_change_no_number_and_the_wait_is_told(config, tmp_pat
         assert f"waited for data {share:.1%} of the time" in console.file.getvalue()
         assert f"step    6/6  loss {steps[-1]['loss']:.4f}" in console.file.getvalue()
     assert (mint_home / "cache" / "conversions-1.sqlite").is_file()
-    assert psutil.Process().children() == []
+    assert set(psutil.Process().children()) <= set(others)
 
 
 @pytest.mark.parametrize(

@@ -42,6 +42,9 @@ class Pid:
 class Fails:
     """Raises what the row says."""
 
+    def __call__(self, number: int, row: str) -> list[str]:
+        return self.take(self.outcome(number, row))
+
     def outcome(self, number: int, row: str) -> str:
         if row == "data error":
             raise DataError(f"[bad_content] row {number} is bad")

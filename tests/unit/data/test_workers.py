@@ -161,6 +161,43 @@ def test_what_a_preparation_raises_comes_in_its_rows_turn():
         list(stream_outcomes(["a", "data error"], Fails(), workers=1))
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_a_row_that_raises_is_heard_of_only_when_a_batch_comes_to_it(seed):
+    """Also where it is left over at the end of an epoch, although it was prepared."""
+    rows = ["a", "b", "c", "d", "e", "f", "g", "data error"]
+
+    def until_error(batches: Batches[str]) -> list[list[str] | str]:
+        made: list[list[str] | str] = []
+        while not made or isinstance(made[-1], list):
+            try:
+                made.append(next(batches))
+            except DataError as error:
+                made.append(str(error))
+        return made
+
+    expected = until_error(Batches(rows, 5, seed, prepare=Fails()))
+    with Batches(rows, 5, seed, prepare=Fails(), workers=1) as batches:
+        assert until_error(batches) == expected
+        assert until_error(batches) == expected[-1:]  # it stands where the next batch begins
+
+
+def test_an_interrupt_while_waiting_closes_the_workers(tmp_path):
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    batches = Batches(range(8), 2, prepare=Waits(tmp_path), workers=1)
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.2)
+        with pytest.raises(KeyboardInterrupt):
+            next(batches)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert not any(psutil.pid_exists(pid) for pid in pids_of(tmp_path))
+    with pytest.raises(ClosedError, match="make new batches from the last cursor"):
+        next(batches)
+
+
 @pytest.mark.parametrize(("row", "how"), [("killed", "was ended by SIGKILL"), ("exit", "ended with exit code 3")])
 def test_a_worker_that_dies_is_an_error_that_says_so(row, how):
     batches = Batches(["a", "a", row], 3, prepare=Fails(), workers=1)
