@@ -137,12 +137,12 @@ def chat_sft(
         metrics = []
     prepared = prepare(config, chats, client, console)
     renderer, test_datums = prepared.renderer, prepared.test_datums
+    cursor = saved_cursor(service, summary["checkpoint"]) if resume else Cursor()
+    workers = worker_count(config, client)
+    batches = Batches(chats.train, config.batch_size, config.seed, cursor, prepare=prepared.converter, workers=workers)
 
     # before
-    if resume:
-        cursor = saved_cursor(service, summary["checkpoint"])
-    else:
-        cursor = Cursor()
+    if not resume:
         nll = evaluate(client, test_datums)
         base = service.create_sampling_client(base_model=config.base_model)
         answers = sample_answers(base, renderer, config)
@@ -159,8 +159,6 @@ def chat_sft(
     console.print(f"test NLL before: {summary['test_nll_before']:.4f}")
 
     # train
-    workers = worker_count(config, client)
-    batches = Batches(chats.train, config.batch_size, config.seed, cursor, prepare=prepared.converter, workers=workers)
     step = done
     with TrainingProgress(console, config.num_steps, done) as progress, StopOnCtrlC(console) as stop:
         while step < config.num_steps and not stop.requested:
