@@ -21,6 +21,7 @@ import time
 from collections.abc import Iterator, Sequence
 from functools import cache
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -31,7 +32,7 @@ from peers import BASE_MODEL, LEARNING_RATE, RANK, machine
 import mint
 from mint import types
 from mint.chat import Converter
-from mint.data import Batches, Conversation, Workers, load_demo
+from mint.data import Batches, Conversation, Workers, load_demo, load_jsonl
 from mint.hub import load_tokenizer
 
 MAX_LENGTH = 8192
@@ -91,8 +92,20 @@ def spread(values: Sequence[float], digits: int = 2) -> list[float]:
     return [round(value, digits) for value in (middle, ordered[0], ordered[-1])]
 
 
-def rendering(model: str, shape: tuple[int, int], workers: int, pairs: int, count: int) -> dict[str, Any]:
-    """`pairs` pairs on `count` rows each, the two sides in turns first; a worker's start is not counted."""
+def rows_of(file: str | None, shape: tuple[int, int], number: int, count: int) -> list[Conversation]:
+    """The `number`-th `count` rows of that many messages: of a JSONL file, else generated."""
+    if file is None:
+        return list(islice(conversations(number, shape), count))
+    fitting = (row for row in load_jsonl(Path(file)) if shape[0] <= len(row) <= shape[1])
+    rows = list(islice(fitting, number * count, (number + 1) * count))
+    if len(rows) < count:
+        raise SystemExit(f"{file}: too few rows of {shape[0]} to {shape[1]} messages; lower --rows or --pairs")
+    return rows
+
+
+def rendering(args: argparse.Namespace, shape: tuple[int, int], workers: int) -> dict[str, Any]:
+    """Pairs on the same rows, the two sides in turns first; a worker's start is not counted."""
+    model, pairs, count = args.model, args.pairs, args.rows
     converter, peer = Converter(load_tokenizer(model), MAX_LENGTH), load_tokenizer(model)
     pool = Workers(converter.outcome, workers) if workers else None
     made: dict[str, Any] = {}
@@ -105,7 +118,7 @@ def rendering(model: str, shape: tuple[int, int], workers: int, pairs: int, coun
 
     ratios, speeds, compared, tokens = [], [], 0, 0
     for pair in range(pairs + 1):  # one warm-up pair
-        rows = list(islice(conversations(1000 * workers + pair, shape), count))
+        rows = rows_of(args.data, shape, pair, count)
         seconds = {}
         for side in (ours, theirs) if pair % 2 else (theirs, ours):
             started = time.perf_counter()
@@ -199,6 +212,7 @@ def in_a_child(arguments: argparse.Namespace, count: int, workers: int) -> dict[
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=BASE_MODEL, help="whose tokenizer renders; training is the packaged model's")
+    parser.add_argument("--data", help="JSONL with messages whose rows are rendered, instead of generated ones")
     parser.add_argument("--part", choices=["rendering", "training", "streaming"], action="append")
     parser.add_argument("--pairs", type=int, default=7)
     parser.add_argument("--rows", type=int, default=200, help="of one side of a pair")
@@ -212,11 +226,13 @@ def main() -> None:
         print(json.dumps(stream(args.model, count, workers)))
         return
     parts = args.part or ["rendering", "training", "streaming"]
-    result: dict[str, Any] = {"benchmark": "data", "peer": "the per-message loop", "model": args.model}
+    result: dict[str, Any] = {
+        "benchmark": "data", "peer": "the per-message loop", "model": args.model, "data": args.data or "generated",
+    }  # fmt: skip
     if "rendering" in parts:
         result["rendering"] = {}
         for name, shape in SHAPES.items():
-            found = [rendering(args.model, shape, workers, args.pairs, args.rows) for workers in WORKERS]
+            found = [rendering(args, shape, workers) for workers in WORKERS]
             result["rendering"][name] = found
             for one in found:
                 print(
