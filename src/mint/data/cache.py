@@ -35,7 +35,7 @@ logger = logging.getLogger("mint")
 
 FILE = "conversions-1.sqlite"  # the number is that of the table's form
 _SUM_BYTES = 8
-_BUSY_SECONDS = 5.0  # that a write waits for other processes'
+_BUSY_SECONDS = 10.0  # that a write waits for other processes'
 _CHECKS = 64  # how often the size is looked at while as many bytes are written as the cache may hold
 
 

@@ -90,10 +90,12 @@ class Workers(Generic[O]):
 
     outcome: a pure function that can be pickled; it is sent once. chunk_rows: rows of one message. No more than
     2 * count chunks are prepared or in preparation at a time, so memory does not depend on how many rows there are.
-    Raises InputError for what cannot be pickled.
+    Raises InputError for what cannot be pickled, and for a count below one.
     """
 
     def __init__(self, outcome: Callable[[int, Any], O], count: int, chunk_rows: int = CHUNK_ROWS) -> None:
+        if count < 1 or chunk_rows < 1:
+            raise InputError(f"{count} worker processes with {chunk_rows} rows a message: both must be at least 1")
         setup = _pickled(outcome, f"{type(getattr(outcome, '__self__', outcome)).__name__}")
         self._chunk_rows = chunk_rows
         self._workers = [_start() for _ in range(count)]
@@ -244,16 +246,13 @@ def _attempt(outcome: Callable[[int, Any], O], number: int, row: Any) -> O | Fai
     try:
         return outcome(number, row)
     except Exception as error:
-        kept = (
-            error
-            if isinstance(error, MintError)
-            else OperationError(
-                f"row {number}: preparing it failed in a worker process ({type(error).__name__}: {error})"
-            )
+        if isinstance(error, MintError):
+            return Failure(error)
+        told = OperationError(
+            f"row {number}: preparing it failed in a worker process ({type(error).__name__}: {error})"
         )
-        if kept is not error:
-            kept.add_note("In the worker process:\n" + "".join(traceback.format_exception(error)))
-        return Failure(kept)
+        told.add_note("In the worker process:\n" + "".join(traceback.format_exception(error)))
+        return Failure(told)
 
 
 def stream_outcomes(rows: Iterable[Any], preparation: Preparation[O, T], workers: int = 0) -> Iterator[O]:

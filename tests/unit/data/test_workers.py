@@ -157,6 +157,7 @@ def test_what_a_preparation_raises_comes_in_its_rows_turn():
     assert isinstance(made[1].error, DataError) and str(made[1].error) == "[bad_content] row 1 is bad"
     assert isinstance(made[3].error, OperationError)
     assert str(made[3].error) == "row 3: preparing it failed in a worker process (KeyError: 'bug')"
+    assert "raise KeyError(row)" in made[3].error.__notes__[0]
     with pytest.raises(DataError, match=r"\[bad_content\] row 1 is bad"):
         list(stream_outcomes(["a", "data error"], Fails(), workers=1))
 
@@ -221,6 +222,8 @@ def test_what_cannot_go_to_a_worker_is_refused_with_the_way_out():
         Batches([1, 2], 1, prepare=lambda number, row: [row], workers=1)
     with pytest.raises(InputError, match=r"workers=-1: must be 0 .* or more"):
         Batches([1, 2], 1, prepare=Squares(), workers=-1)
+    with pytest.raises(InputError, match="-1 worker processes with 32 rows a message: both must be at least 1"):
+        list(stream_outcomes([1, 2], Squares(), workers=-1))
 
 
 def test_closing_ends_workers_that_are_busy(tmp_path):
