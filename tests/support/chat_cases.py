@@ -225,6 +225,16 @@ def cases_of(template: str) -> Iterator[tuple[str, Case]]:
     return ((name, case) for name, case in CASES.items() if case.needs <= FEATURES[template])
 
 
+def can_be_trained(template: str, thinking: bool, case: Case) -> bool:
+    """Whether the template's finished turns can be what a model writes after the template's prompts."""
+    if template in ("deepseekv3", "deepseek_r1_distill"):  # prompts open a thought, which finished turns never have
+        return False
+    if template == "nemotron_3_nano" and thinking:  # the same where a turn has no reasoning
+        return all(case.messages[index].get("reasoning_content") for index in case.answers)
+    # gpt-oss thinks without a switch
+    return thinking or template == "gptoss" or not case.has_reasoning
+
+
 class _FrozenDay(datetime):
     @classmethod
     def now(cls, tz: Any = None) -> datetime:

@@ -12,7 +12,18 @@ from functools import cache
 from typing import Any
 
 import pytest
-from tests.support.chat_cases import CASES, FEATURES, TOOLS, Case, answer, cases_of, reference_ids, settings_of, user
+from tests.support.chat_cases import (
+    CASES,
+    FEATURES,
+    TOOLS,
+    Case,
+    answer,
+    can_be_trained,
+    cases_of,
+    reference_ids,
+    settings_of,
+    user,
+)
 from tests.unit.chat.conversations import all_tokens, all_weights
 from tests.unit.chat.tiny_tokenizers import ALL_FAMILIES, tokenizer_of
 
@@ -21,8 +32,6 @@ from mint.chat import conversation_to_datums, get_renderer
 from mint.errors import DataError, UnsupportedError
 
 MAX = 8192
-# Their templates ask for a thought in every prompt and remove it from every finished turn.
-THOUGHT_IS_FORCED = ("deepseekv3", "deepseek_r1_distill")
 # What the template writes between the generation prompt and the content, so that the model has to write it too.
 OPENING = {"gptoss": "<|channel|>final<|message|>", "glm4moe": "\n"}
 NO_CALLS = sorted(name for name, features in FEATURES.items() if "calls" not in features)
@@ -83,26 +92,10 @@ def _setups(*, to_train: bool) -> Iterator[Any]:
         template = ALL_FAMILIES[name].template or name
         for thinking in settings_of(template):
             for title, case in cases_of(template):
-                if to_train and not _is_trainable(template, thinking, case):
+                if to_train and not can_be_trained(template, thinking, case):
                     continue
                 mark = f"{name}{' thinking' if thinking else ''}-{title}"
                 yield pytest.param(Setup(name, thinking, title), id=mark)
-
-
-def _is_trainable(template: str, thinking: bool, case: Case) -> bool:
-    """Whether the template's finished turns can be what the model writes after the template's prompts."""
-    if template in THOUGHT_IS_FORCED:
-        return False
-    if template == "gptoss":  # thinks without a switch
-        return True
-    if case.has_reasoning and not thinking:
-        return False
-    # its prompt opens a thought, which its finished turns then lack
-    return not (
-        template == "nemotron_3_nano"
-        and thinking
-        and not all(case.messages[index].get("reasoning_content") for index in case.answers)
-    )
 
 
 ALL_SETUPS = list(_setups(to_train=False))
