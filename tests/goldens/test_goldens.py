@@ -8,12 +8,12 @@ from functools import cache
 from typing import Any
 
 import pytest
+
+from mint.chat import conversation_to_datums, get_renderer
 from tests.goldens.make_goldens import FOLDER, unpacked
 from tests.support import real_tokenizers
 from tests.support.chat_cases import CASES, can_be_trained, cases_of, settings_of
 from tests.unit.chat.conversations import all_tokens, all_weights
-
-from mint.chat import conversation_to_datums, get_renderer
 
 SETTINGS = [(template, thinking) for template in real_tokenizers.SOURCES for thinking in settings_of(template)]
 every_setting = pytest.mark.parametrize(
