@@ -64,7 +64,7 @@ def assistant(**keys: Any) -> dict[str, Any]:
     ],
 )
 def test_bad_messages_are_refused_with_reason_place_and_what_is_allowed(messages: Any, reason: str, text: str) -> None:
-    for use in (check_messages, get_renderer(tokenizer_of("smollm2")).build_prompt):
+    for use in (check_messages, get_renderer(tokenizer_of("smollm2")).prompt):
         with pytest.raises(DataError, match=rf"^\[{reason}\] .*{text}") as caught:
             use(messages)
         assert skip_reason(caught.value) == reason
@@ -96,7 +96,7 @@ def test_an_answer_of_only_a_thought_is_empty() -> None:
 def test_a_leading_or_empty_answer_is_fine_where_it_is_not_trained(smollm2: Any) -> None:
     messages = [assistant(content=""), USER, assistant()]
     (datum,) = conversation_to_datums(messages, smollm2, 2048, "last_assistant")
-    prompt = get_renderer(smollm2).build_prompt(messages[:2])
+    prompt = get_renderer(smollm2).prompt(messages[:2])
     assert datum.model_input.to_ints()[: len(prompt)] == prompt
 
 

@@ -1,4 +1,4 @@
-"""build_prompt against each family's own template, token for token."""
+"""prompt against each family's own template, token for token."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ def test_prompt_equals_the_template_token_for_token(family: str, conversation: s
     messages = CONVERSATIONS[conversation][: -1 if as_question else None]
     renderer, options = renderer_and_options(family)
     expected = template_ids(tokenizer_of(family), messages, add_generation_prompt=True, **options)
-    assert renderer.build_prompt(messages) == expected
+    assert renderer.prompt(messages) == expected
 
 
 @pytest.mark.parametrize("conversation", [*CONVERSATIONS, "thoughts"])
 def test_qwen3_prompt_with_thinking_equals_the_template_as_it_comes(qwen3: Any, conversation: str) -> None:
     messages = CONVERSATIONS.get(conversation) or chat("a", THOUGHT, "b", THOUGHT)
     expected = template_ids(qwen3, messages, add_generation_prompt=True)  # enable_thinking not given: on
-    assert get_renderer(qwen3, thinking=True).build_prompt(messages) == expected
+    assert get_renderer(qwen3, thinking=True).prompt(messages) == expected
 
 
 @pytest.mark.parametrize("thinking", [False, True])
@@ -56,7 +56,7 @@ def test_qwen3_prompt_with_thinking_equals_the_template_as_it_comes(qwen3: Any, 
 )
 def test_qwen3_thoughts_are_shown_and_hidden_as_the_template_does(messages: Any, thinking: bool) -> None:
     tokenizer = tokenizer_of("qwen3")
-    prompt = get_renderer(tokenizer, thinking=thinking).build_prompt(messages)
+    prompt = get_renderer(tokenizer, thinking=thinking).prompt(messages)
     expected = tokenizer.apply_chat_template(
         messages, tokenize=False, add_generation_prompt=True, enable_thinking=thinking
     )
@@ -75,7 +75,7 @@ def test_any_text_is_rendered_as_the_template_renders_it(name: str, system: str 
     renderer, options = renderer_and_options(name)
     tokenizer = tokenizer_of(name)
     expected = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **options)
-    assert tokenizer.decode(renderer.build_prompt(messages)) == expected
+    assert tokenizer.decode(renderer.prompt(messages)) == expected
 
 
 @settings(deadline=None, max_examples=60)
@@ -87,7 +87,7 @@ def test_any_text_is_tokenized_as_the_template_is_unless_an_answer_starts_with_s
     messages = chat(*(text if i % 2 == 0 else text.lstrip() for i, text in enumerate(contents)))
     renderer, options = renderer_and_options(name)
     expected = template_ids(tokenizer_of(name), messages, add_generation_prompt=True, **options)
-    assert renderer.build_prompt(messages) == expected
+    assert renderer.prompt(messages) == expected
 
 
 def test_default_system_text_is_added_exactly_where_the_template_adds_it(family: str, tokenizer: Any) -> None:
@@ -95,32 +95,32 @@ def test_default_system_text_is_added_exactly_where_the_template_adds_it(family:
     renderer = get_renderer(tokenizer)
     assert renderer.settings["default_system"] == default
     if default:
-        assert default in tokenizer.decode(renderer.build_prompt(HELLO[:1]))
-        own = tokenizer.decode(renderer.build_prompt([{"role": "system", "content": "Be kind."}, *HELLO[:1]]))
+        assert default in tokenizer.decode(renderer.prompt(HELLO[:1]))
+        own = tokenizer.decode(renderer.prompt([{"role": "system", "content": "Be kind."}, *HELLO[:1]]))
         assert "Be kind." in own and default not in own
 
 
 @pytest.mark.parametrize("name", ["llama3", "llama3_1", "llama3_2"])
 def test_llama_prompt_has_one_bos_where_encoding_its_text_would_give_two(name: str) -> None:
     tokenizer = tokenizer_of(name)
-    prompt = get_renderer(tokenizer).build_prompt(TWO_TURNS)
+    prompt = get_renderer(tokenizer).prompt(TWO_TURNS)
     assert tokenizer.encode(tokenizer.decode(prompt)).count(tokenizer.bos_token_id) == 2  # the trap
     assert prompt.count(tokenizer.bos_token_id) == 1 and prompt[0] == tokenizer.bos_token_id
 
 
 def test_smollm2_whose_bos_is_the_turn_header_gets_no_second_one(smollm2: Any) -> None:
-    prompt = get_renderer(smollm2).build_prompt(HELLO[:1])  # default system text, user, generation prompt
+    prompt = get_renderer(smollm2).prompt(HELLO[:1])  # default system text, user, generation prompt
     assert prompt.count(smollm2.bos_token_id) == 3 and prompt[0] == smollm2.bos_token_id != prompt[1]
 
 
 @pytest.mark.parametrize("name", DATED)
 def test_date_is_frozen_unless_given(name: str) -> None:
     tokenizer = tokenizer_of(name)
-    default = tokenizer.decode(get_renderer(tokenizer).build_prompt(HELLO[:1]))
+    default = tokenizer.decode(get_renderer(tokenizer).prompt(HELLO[:1]))
     assert "Today Date: 26 Jul 2024\n\n<|eot_id|>" in default
     given_date = get_renderer(tokenizer, date="1 Jan 2030")
     assert "Today Date: 1 Jan 2030\n\nBe brief.<|eot_id|>" in tokenizer.decode(
-        given_date.build_prompt([{"role": "system", "content": " Be brief. "}, *HELLO[:1]])
+        given_date.prompt([{"role": "system", "content": " Be brief. "}, *HELLO[:1]])
     )
     assert given_date.settings["date"] == "1 Jan 2030"
 
@@ -137,4 +137,4 @@ def test_the_template_is_run_once_and_not_for_every_prompt(monkeypatch: pytest.M
     expected = template_ids(tokenizer, HELLO[:1], add_generation_prompt=True)
     get_renderer(tokenizer)
     monkeypatch.setattr(tokenizer, "apply_chat_template", None)
-    assert get_renderer(tokenizer).build_prompt(HELLO[:1]) == expected
+    assert get_renderer(tokenizer).prompt(HELLO[:1]) == expected

@@ -58,7 +58,7 @@ def test_another_default_system_text_is_found_and_rendered() -> None:
     tokenizer = make_tokenizer("qwen2_5", source)
     renderer = get_renderer(tokenizer)
     assert renderer.settings["default_system"] == "You are a helpful assistant."
-    assert renderer.build_prompt(HELLO[:1]) == template_ids(tokenizer, HELLO[:1], add_generation_prompt=True)
+    assert renderer.prompt(HELLO[:1]) == template_ids(tokenizer, HELLO[:1], add_generation_prompt=True)
 
 
 def test_setting_another_template_is_noticed() -> None:
@@ -159,15 +159,15 @@ def encode(tokenizer: Any, text: str) -> list[int]:
     return [int(token) for token in tokenizer.encode(text, add_special_tokens=False)]
 
 
-def test_parse_response_ends_at_the_first_stop_token(family: str, tokenizer: Any) -> None:
+def test_parse_ends_at_the_first_stop_token(family: str, tokenizer: Any) -> None:
     renderer = get_renderer(tokenizer)
     answer = encode(tokenizer, " Hi, 世界!\n")
     content = " Hi, 世界!\n"
     for stop in renderer.stop_token_ids:
-        assert renderer.parse_response([*answer, stop, *answer]) == Response(content, None, True)
-    assert renderer.parse_response(answer) == Response(content, None, False)
-    assert renderer.parse_response(np.array(answer)) == Response(content, None, False)  # type: ignore[arg-type]
-    assert renderer.parse_response([]) == Response("", None, False)
+        assert renderer.parse([*answer, stop, *answer]) == Response(content, None, True)
+    assert renderer.parse(answer) == Response(content, None, False)
+    assert renderer.parse(np.array(answer)) == Response(content, None, False)  # type: ignore[arg-type]
+    assert renderer.parse([]) == Response("", None, False)
 
 
 @pytest.mark.parametrize(
@@ -179,17 +179,17 @@ def test_parse_response_ends_at_the_first_stop_token(family: str, tokenizer: Any
         ("<think>\nNever done", Response("", "Never done", False)),
     ],
 )
-def test_parse_response_takes_the_thought_out(qwen3: Any, text: str, expected: Response) -> None:
-    assert get_renderer(qwen3, thinking=True).parse_response(encode(qwen3, text)) == expected
+def test_parse_takes_the_thought_out(qwen3: Any, text: str, expected: Response) -> None:
+    assert get_renderer(qwen3, thinking=True).parse(encode(qwen3, text)) == expected
 
 
 def test_parsed_answer_put_into_the_conversation_continues_the_sampled_tokens(smollm2: Any) -> None:
     renderer = get_renderer(smollm2)
-    prompt = renderer.build_prompt(TWO_TURNS[:1])
+    prompt = renderer.prompt(TWO_TURNS[:1])
     sampled = [*encode(smollm2, "Hi there!"), smollm2.eos_token_id]
-    response = renderer.parse_response(sampled)
+    response = renderer.parse(sampled)
     assert response.message == {"role": "assistant", "content": "Hi there!"}
-    following = renderer.build_prompt([TWO_TURNS[0], response.message, TWO_TURNS[2]])
+    following = renderer.prompt([TWO_TURNS[0], response.message, TWO_TURNS[2]])
     assert following[: len(prompt) + len(sampled)] == [*prompt, *sampled]
 
 
