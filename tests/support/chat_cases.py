@@ -212,12 +212,12 @@ FEATURES: dict[str, frozenset[str]] = {
     "cohere2": frozenset({"system"}),
     "nemotron_3_nano": _PLAIN | _ALL_CALLS | {"reasoning"},
 }
-THINKING_SWITCH = ("qwen3", "qwen3_5_think", "qwen3_5_nothink", "qwen3_6", "glm4moe", "nemotron_3_nano")
+THINKING = ("qwen3", "qwen3_5_think", "qwen3_5_nothink", "qwen3_6", "glm4moe", "nemotron_3_nano")
 
 
 def settings_of(template: str) -> tuple[bool, ...]:
     """The values of `thinking` that make sense for a template."""
-    return (False, True) if template in THINKING_SWITCH else (False,)
+    return (False, True) if template in THINKING else (False,)
 
 
 def cases_of(template: str) -> Iterator[tuple[str, Case]]:
@@ -227,12 +227,18 @@ def cases_of(template: str) -> Iterator[tuple[str, Case]]:
 
 def can_be_trained(template: str, thinking: bool, case: Case) -> bool:
     """Whether the template's finished turns can be what a model writes after the template's prompts."""
-    if template in ("deepseekv3", "deepseek_r1_distill"):  # prompts open a thought, which finished turns never have
+    in_a_row = any(index + 1 in case.answers for index in case.answers)
+    if template == "qwen3" and in_a_row:  # shows an empty thought in the last answer, and not in the same one before it
         return False
-    if template == "nemotron_3_nano" and thinking:  # the same where a turn has no reasoning
+    if template == "nemotron_3_nano" and thinking:  # prompts open a thought, which turns without reasoning do not have
         return all(case.messages[index].get("reasoning_content") for index in case.answers)
     # gpt-oss thinks without a switch
     return thinking or template == "gptoss" or not case.has_reasoning
+
+
+def holds_closed_thought(template: str, thinking: bool, text: str) -> bool:
+    """Whether a prompt's text holds an empty thought that the model closed after the prompt had opened it."""
+    return thinking and template.startswith(("qwen3_5", "qwen3_6")) and "<think>\n\n</think>" in text
 
 
 class _FrozenDay(datetime):

@@ -20,6 +20,7 @@ from tests.support.chat_cases import (
     answer,
     can_be_trained,
     cases_of,
+    holds_closed_thought,
     reference_ids,
     settings_of,
     user,
@@ -36,6 +37,11 @@ MAX = 8192
 OPENING = {"gptoss": "<|channel|>final<|message|>", "glm4moe": "\n"}
 NO_CALLS = sorted(name for name, features in FEATURES.items() if "calls" not in features)
 NO_REASONING = sorted(name for name, features in FEATURES.items() if "reasoning" not in features)
+
+
+@cache
+def renderer_of(name: str, thinking: bool) -> Any:
+    return get_renderer(tokenizer_of(name), thinking=thinking)
 
 
 @dataclass(frozen=True)
@@ -60,7 +66,7 @@ class Setup:
 
     @property
     def renderer(self) -> Any:
-        return get_renderer(self.tokenizer, thinking=self.thinking)
+        return renderer_of(self.name, self.thinking)
 
     @property
     def row(self) -> Any:
@@ -82,6 +88,13 @@ class Setup:
     @cache  # noqa: B019
     def datums(self, train_on: Any = "all_assistant") -> list[Any]:
         return conversation_to_datums(self.row, self.renderer, MAX, train_on)
+
+    def keeps_sampled_tokens(self, count: int) -> bool:
+        """Whether the first `count` messages hold a turn that was sampled in other tokens than its text gives.
+
+        Where the prompt opens the thought, an empty one is sampled as "\\n" after "\\n", which in one text are one token.
+        """
+        return holds_closed_thought(self.template, self.thinking, self.decode(self.reference(count, as_prompt=True)))
 
     def decode(self, ids: list[int]) -> str:
         return str(self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
@@ -155,7 +168,11 @@ def test_every_prompt_equals_the_template_token_for_token_with_one_bos_at_most(s
     bos = setup.tokenizer.bos_token_id
     for count in setup.case.prompts:
         prompt = setup.prompt(count)
-        assert prompt == setup.reference(count, as_prompt=True), f"the first {count} messages"
+        reference = setup.reference(count, as_prompt=True)
+        if setup.keeps_sampled_tokens(count):
+            assert setup.decode(prompt) == setup.decode(reference), f"the first {count} messages"
+        else:
+            assert prompt == reference, f"the first {count} messages"
         assert setup.name == "smollm2" or bos not in prompt[1:]  # whose BOS is the header of every turn
 
 
@@ -274,11 +291,11 @@ def test_the_parsed_answer_is_the_message_and_gives_the_same_prompt_when_it_is_p
     for run, index in zip(runs, setup.case.answers, strict=True):
         message = setup.case.messages[index]
         sampled = run.tokens[len(setup.prompt(index)) : run.stop]
-        response = setup.renderer.parse(sampled)
+        response = setup.renderer.parse(sampled, setup.case.tools)
         assert (response.content, response.reasoning) == (text_of(message), message.get("reasoning_content"))
         assert list(response.tool_calls) == expected_calls(message)
         assert response.finished and response.ended == ("tool_call" if message.get("tool_calls") else "end_of_turn")
-        cut = setup.renderer.parse(sampled[:-1])
+        cut = setup.renderer.parse(sampled[:-1], setup.case.tools)
         assert (cut.ended, cut.finished) == ("cut_off", False)
         assert response.message["role"] == "assistant"
         messages[index] = response.message
