@@ -14,6 +14,7 @@ from mint.chat.examples import OnOverlong, TrainOn
 from mint.chat.messages import Message, UnusableRow, check_messages, skip_reason
 from mint.chat.renderer import Renderer, Response, get_renderer, prompt
 from mint.chat.report import ConversionReport, Converter, convert_conversations
+from mint.chat.show import show_row
 from mint.chat.view import ShownRow, ShownToken, TokenKind
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "get_renderer",
     "prompt",
     "shift",
+    "show_row",
     "skip_reason",
     "tokenize_conversation",
 ]

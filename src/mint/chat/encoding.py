@@ -83,16 +83,19 @@ class Encoder:
         ordinary: list[int] = []
         for token in ids:
             if token in names:
-                pieces += [self.guard(self._decode(ordinary)), names[token]]
+                pieces += [self.guard(self.decode(ordinary)), names[token]]
                 ordinary = []
             else:
                 ordinary.append(token)
-        return "".join([*pieces, self.guard(self._decode(ordinary))])
+        return "".join([*pieces, self.guard(self.decode(ordinary))])
 
-    def _decode(self, ids: list[int]) -> str:
+    def decode(self, ids: list[int]) -> str:
         if not ids:
             return ""
         return self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    def unguarded(self, text: str) -> str:
+        return text.replace(BREAK, "")
 
     def _encode_broken(self, text: str, *, continues: bool) -> list[int]:
         ids: list[int] = []

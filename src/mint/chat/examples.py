@@ -112,7 +112,9 @@ def convert(row: Dialog | PlainText, renderer: Renderer, rules: Rules) -> Conver
         dropped_turns=sum(fit.dropped_turns for fit in fits),
         trailing_messages=len(row.messages) - 1 - last,
         is_split=len(whole) > 1,
-        has_control_text=any(pattern.search(text) for message in dialog.messages for text in _texts(message)),
+        has_control_text=any(
+            pattern.search(text) for message in dialog.messages for text in renderer.scribe.texts(message)
+        ),
         injected_system="\n".join(transcript.added) or None,
     )
 
@@ -140,10 +142,6 @@ def turn_weights(messages: Sequence[Message], train_on: TrainOn) -> dict[int, fl
     if not weights:
         raise data_error("untrained", "every answer has weight 0 (or train: false), so there is nothing to train on")
     return weights
-
-
-def _texts(message: Message) -> tuple[str, ...]:
-    return (message.content,) if message.reasoning is None else (message.content, message.reasoning)
 
 
 def encode_run(renderer: Renderer, run: Sequence[Stretch]) -> list[tuple[list[int], int]]:

@@ -146,7 +146,8 @@ def check_messages(messages: object) -> tuple[Message, ...]:
     """
     if not isinstance(messages, list | tuple) or not messages:
         given = "an empty list" if isinstance(messages, list | tuple) else type(messages).__name__
-        raise data_error("not_a_conversation", f"a conversation is a non-empty list of messages, got {given}")
+        hint = "; pass its list of messages, e.g. row['messages']" if isinstance(messages, Mapping) else ""
+        raise data_error("not_a_conversation", f"a conversation is a non-empty list of messages, got {given}{hint}")
     return tuple(_check_message(message, f"message {index}") for index, message in enumerate(messages))
 
 
@@ -175,7 +176,8 @@ def _check_message(message: object, where: str) -> Message:
     content: object = message.get("content")
     text = "" if content is None and tool_calls else _text(content, where)
     weight = _weight(message, where) if role == "assistant" else None
-    return Message(str(role), text, _reasoning(message, where), tool_calls, *_names(message, where), weight)
+    names = _names(message, where) if role == "tool" else (None, None)  # elsewhere they are metadata
+    return Message(str(role), text, _reasoning(message, where), tool_calls, *names, weight)
 
 
 def _is_empty(value: object) -> bool:

@@ -66,6 +66,11 @@ class Scribe:
             guard_tools(self.style, dialog.tools),
         )
 
+    def texts(self, message: Message) -> tuple[str, ...]:
+        """What is rendered of a message: its content, and its thought if it has one."""
+        prepared = prepare_message(self.style, message)
+        return (prepared.content,) if prepared.reasoning is None else (prepared.content, prepared.reasoning)
+
     def _write(self, messages: Sequence[Message], tools: Sequence[Any], with_prompt: bool) -> Transcript:
         marked = [mark_message(self.style, index, message) for index, message in enumerate(messages)]
         guarded = guard_tools(self.style, tools)

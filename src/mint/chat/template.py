@@ -115,7 +115,7 @@ def open_template(tokenizer: Tokenizer, date: str | None) -> ChatTemplate:
     InputError if `tokenizer` is none or the template needs a date that `date` is not.
     """
     source = _source_of(tokenizer)
-    shown = FROZEN_DATE if date is None else date
+    shown = _in_format(FROZEN_DATE if date is None else date, DATE_FORMATS[0])
     runnable = _CLOCK.sub(lambda call: repr(_in_format(shown, call[2])), source)
     if re.search(r"strftime_now\s*\(", runnable):
         raise UnsupportedError(
@@ -175,6 +175,6 @@ def _in_format(text: str, wanted: str) -> str:
     for known in DATE_FORMATS:
         try:
             return datetime.strptime(text, known).strftime(wanted)
-        except ValueError:
+        except (ValueError, TypeError):
             continue
     raise InputError(f"date={text!r}: expected a date such as '26 Jul 2024' or '2024-07-26'")

@@ -18,7 +18,7 @@ from mint.chat.messages import Message, ToolCall, data_error
 from mint.chat.template import ChatTemplate, TemplateRefusedError
 from mint.errors import DataError
 
-_EMPTY_THOUGHT: Final = re.compile(rf"\n?{THINK_OPEN}\s*{THINK_CLOSE}\s*")
+_EMPTY_THOUGHT: Final = re.compile(rf"\n?{THINK_OPEN}\n*{THINK_CLOSE}\n*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,21 +235,28 @@ def _write_turn(style: Style, messages: Sequence[Message], tools: Sequence[Any])
         raise data_error("empty_answer", f"message {index} is an assistant turn without text: leave the row out")
     prompt = write_prompt(style, messages[:-1], tools)
     tagged = _write(style, messages, tools, as_prompt=False)
-    answer = _answer_after(style, prompt, _without_tags(tagged), message, index)
+    answer = _answer_after(style, messages, tools, prompt, _without_tags(tagged))
     answer = _up_to_the_end(style, answer, message, index)
     _require_answer(message, index, answer)
     lead = _untrained_lead(style, prompt, tagged, answer)
     return Turn(index, prompt, lead, answer[len(lead) :])
 
 
-def _answer_after(style: Style, prompt: str, full: str, message: Message, index: int) -> str:
-    """What the finished conversation `full` has after the prompt."""
+def _answer_after(style: Style, messages: Sequence[Message], tools: Sequence[Any], prompt: str, full: str) -> str:
+    """What the finished conversation `full` has after the prompt. Raises DataError, MarksMatterError."""
+    message, index = messages[-1], len(messages) - 1
     if full.startswith(prompt):
         return full[len(prompt) :]
     unopened = prompt.removesuffix(style.opens_thought)
     if style.thinking and unopened != prompt and full.startswith(unopened):
         # the prompt begins a thought, but the template writes none into finished answers
         return f"{message.reasoning or ''}\n{THINK_CLOSE}\n\n{full[len(unopened) :]}"
+    # a template may write the history otherwise once the answer is there; the answer itself follows the same opening
+    history = _without_tags(_write(style, messages[:-1], tools, as_prompt=False))
+    opening = prompt.removeprefix(history)
+    _, found, answer = full.rpartition(opening) if opening and opening != prompt else ("", "", "")
+    if found and content_number(index) in numbers_in(answer):
+        return answer
     raise _no_continuation(style, prompt, full, message, index)
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tests.unit.chat.conversations import CONVERSATIONS, HELLO, TWO_TURNS, chat, template_ids
 from tests.unit.chat.tiny_tokenizers import DATED, FAMILIES, make_tokenizer, tokenizer_of
 
-from mint.chat import get_renderer
+from mint.chat import convert_conversations, get_renderer
 
 DATE = "14 Feb 2025"
 THOUGHT = "<think>\nLet me see.\n\nOne two.\n</think>\n\nThe answer."
@@ -46,13 +46,13 @@ def test_qwen3_prompt_with_thinking_equals_the_template_as_it_comes(qwen3: Any, 
         chat("a", THOUGHT, "b"),
         chat("a", THOUGHT),
         [*chat("a", THOUGHT), {"role": "assistant", "content": THOUGHT}],
-        [*chat("a", THOUGHT), {"role": "user", "content": "<tool_response>\n7\n</tool_response>"}],
+        [*chat("a", THOUGHT), {"role": "tool", "content": "7"}],
         chat("a", "before</think>\n\nafter", "b"),
         chat("a", "<think>x</think>y</think>\nz", "b"),
         chat("a", "<think>\n\n</think>\n\nplain", "b"),
         [{"role": "system", "content": "s"}, {"role": "assistant", "content": THOUGHT}],
     ],
-    ids=["history", "last", "in a row", "before a tool's text", "close only", "two closes", "empty", "no question"],
+    ids=["history", "last", "in a row", "before a tool's answer", "close only", "two closes", "empty", "no question"],
 )
 def test_qwen3_thoughts_are_shown_and_hidden_as_the_template_does(messages: Any, thinking: bool) -> None:
     tokenizer = tokenizer_of("qwen3")
@@ -93,7 +93,9 @@ def test_any_text_is_tokenized_as_the_template_is_unless_an_answer_starts_with_s
 def test_default_system_text_is_added_exactly_where_the_template_adds_it(family: str, tokenizer: Any) -> None:
     default = FAMILIES[family].default_system
     renderer = get_renderer(tokenizer)
-    assert renderer.settings["default_system"] == default
+    _, report = convert_conversations([HELLO], renderer, 2048)
+    dated = "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024" if family in DATED else None
+    assert list(report.injected_system) == [text for text in (default, dated) if text]
     if default:
         assert default in tokenizer.decode(renderer.prompt(HELLO[:1]))
         own = tokenizer.decode(renderer.prompt([{"role": "system", "content": "Be kind."}, *HELLO[:1]]))
@@ -119,10 +121,10 @@ def test_date_is_frozen_unless_given(name: str) -> None:
     default = tokenizer.decode(get_renderer(tokenizer).prompt(HELLO[:1]))
     assert "Today Date: 26 Jul 2024\n\n<|eot_id|>" in default
     given_date = get_renderer(tokenizer, date="1 Jan 2030")
-    assert "Today Date: 1 Jan 2030\n\nBe brief.<|eot_id|>" in tokenizer.decode(
+    assert "Today Date: 01 Jan 2030\n\nBe brief.<|eot_id|>" in tokenizer.decode(
         given_date.prompt([{"role": "system", "content": " Be brief. "}, *HELLO[:1]])
     )
-    assert given_date.settings["date"] == "1 Jan 2030"
+    assert given_date.settings["date"] == "01 Jan 2030"
 
 
 def test_the_llama_3_2_template_alone_would_name_today() -> None:
@@ -132,9 +134,10 @@ def test_the_llama_3_2_template_alone_would_name_today() -> None:
     assert (before in shown or after in shown) and "26 Jul 2024" not in shown
 
 
-def test_the_template_is_run_once_and_not_for_every_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_template_is_run_once_for_a_shape_and_not_for_every_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = make_tokenizer("qwen2_5")
     expected = template_ids(tokenizer, HELLO[:1], add_generation_prompt=True)
-    get_renderer(tokenizer)
+    renderer = get_renderer(tokenizer)
+    renderer.prompt(chat("Another question, much longer than the other?"))
     monkeypatch.setattr(tokenizer, "apply_chat_template", None)
-    assert get_renderer(tokenizer).prompt(HELLO[:1]) == expected
+    assert renderer.prompt(HELLO[:1]) == expected
