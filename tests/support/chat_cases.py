@@ -204,15 +204,16 @@ FEATURES: dict[str, frozenset[str]] = {
     "gemma": frozenset(),
     "gemma3": frozenset({"system"}),
     "phi3": _PLAIN,
-    "deepseekv3": frozenset({"system", "roles in a row", "calls"}),
-    "deepseek_r1_distill": frozenset({"system", "roles in a row"}),
+    "deepseekv3": frozenset({"system", "roles in a row", "calls", "reasoning"}),
+    "deepseek_r1_distill": frozenset({"system", "roles in a row", "reasoning"}),
     "glm4moe": _PLAIN | _ALL_CALLS | {"reasoning"},
     "gptoss": frozenset({"system", "roles in a row", "reasoning"}) | _CALLS,
     "lfm2_v2": _PLAIN | _ALL_CALLS,
     "cohere2": frozenset({"system"}),
     "nemotron_3_nano": _PLAIN | _ALL_CALLS | {"reasoning"},
 }
-THINKING = ("qwen3", "qwen3_5_think", "qwen3_5_nothink", "qwen3_6", "glm4moe", "nemotron_3_nano")
+OPENS_THOUGHT = ("deepseekv3", "deepseek_r1_distill")  # in every prompt, and removes it from every finished turn
+THINKING = (*OPENS_THOUGHT, "qwen3", "qwen3_5_think", "qwen3_5_nothink", "qwen3_6", "glm4moe", "nemotron_3_nano")
 
 
 def settings_of(template: str) -> tuple[bool, ...]:
@@ -227,6 +228,8 @@ def cases_of(template: str) -> Iterator[tuple[str, Case]]:
 
 def can_be_trained(template: str, thinking: bool, case: Case) -> bool:
     """Whether the template's finished turns can be what a model writes after the template's prompts."""
+    if template == "gptoss" and {"calls", "reasoning"} <= case.needs:  # an answer removes the thought before a call
+        return False
     in_a_row = any(index + 1 in case.answers for index in case.answers)
     if template == "qwen3" and in_a_row:  # shows an empty thought in the last answer, and not in the same one before it
         return False
@@ -279,15 +282,19 @@ def _translated_call(template: str, function: dict[str, Any]) -> dict[str, Any]:
 def reference_ids(
     template: str, tokenizer: Any, messages: Messages, tools: Any, *, as_prompt: bool, thinking: bool = False
 ) -> list[int]:
-    """Token ids that the tokenizer's own template gives, on the frozen day."""
+    """Token ids that the tokenizer's own template gives, on the frozen day.
+
+    Where it opens a thought in every prompt, prompts without thinking are taken without it, as finished turns are.
+    """
     with patch("transformers.utils.chat_template_utils.datetime", _FrozenDay):  # the clock of templates that ask for it
-        ids = tokenizer.apply_chat_template(
+        text = tokenizer.apply_chat_template(
             as_template_expects(template, messages),
             tools=tools,
-            tokenize=True,
-            return_dict=False,
+            tokenize=False,
             add_generation_prompt=as_prompt,
             enable_thinking=thinking,
             date_string=DAY.strftime("%d %b %Y"),
         )
-    return [int(token) for token in ids]
+    if template in OPENS_THOUGHT and as_prompt and not thinking:
+        text = text.removesuffix("<think>\n")
+    return [int(token) for token in tokenizer.encode(text, add_special_tokens=False)]

@@ -137,13 +137,15 @@ def _trained_bpe() -> str:
 @cache
 def _trained_pieces(blank: bool) -> str:
     """Like a SentencePiece vocabulary; `blank`: with a space before every text."""
-    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
     spaced = normalizers.Replace(" ", "▁")
     normalizer = normalizers.Sequence([normalizers.Prepend("▁"), spaced]) if blank else spaced
     learner = Tokenizer(models.BPE())
     learner.normalizer = normalizer
-    learner.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
+    learner.pre_tokenizer = pre_tokenizers.Sequence(  # a word starts with its blank; newlines merge with newlines only
+        [pre_tokenizers.Split("▁", "merged_with_next"), pre_tokenizers.Split(Regex("\\n+"), "isolated")]
+    )
     learner.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=128, show_progress=False))
     learned = json.loads(learner.to_str())["model"]
     texts = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), *learned["vocab"]]
