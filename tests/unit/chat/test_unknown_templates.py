@@ -58,7 +58,8 @@ def test_generation_tags_train_what_the_plain_template_does() -> None:
 
 CONTENT = "m.content"
 EACH = "{% for m in messages %}"
-# what a template does -> (text replaced, its replacement, the message that has to be named)
+# what a template does -> (text replaced, its replacement, the message that has to be named). A template that raises
+# names no message, so the last one that it was given stands for it.
 UNFAITHFUL = {
     "drops a question in the middle": (CONTENT, "(m.content if loop.index0 != 3 else '')", 3),
     "drops an answer from the history": (CONTENT, "(m.content if loop.index0 != 2 or loop.last else '')", 2),
@@ -87,8 +88,12 @@ def test_what_the_refusing_template_says_is_passed_on(base: str) -> None:
 
 @pytest.mark.parametrize(
     "changed",
-    ["m.content[:5]", "(m.content|upper if m.role == 'user' else m.content)"]
-    + ["(m.content|upper if m.role == 'assistant' else m.content)", "'...'"],
+    [
+        "m.content[:5]",
+        "(m.content|upper if m.role == 'user' else m.content)",
+        "(m.content|upper if m.role == 'assistant' else m.content)",
+        "'...'",
+    ],
 )
 def test_a_template_that_changes_all_texts_is_refused_when_the_renderer_is_made(base: str, changed: str) -> None:
     with pytest.raises(UnsupportedError, match="its chat template"):
