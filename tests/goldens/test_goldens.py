@@ -32,13 +32,16 @@ def read(template: str, thinking: bool) -> Iterator[tuple[str, list[int], dict[i
         yield title, whole, {int(count): unpacked(whole, packed) for count, packed in prompts.items()}
 
 
-@pytest.fixture
-def renderer(template: str, thinking: bool) -> Any:
+def loaded(template: str) -> Any:
     try:
-        tokenizer = real_tokenizers.load(template)
+        return real_tokenizers.load(template)
     except real_tokenizers.NotHereError as error:
         pytest.skip(str(error))
-    return get_renderer(tokenizer, thinking=thinking)
+
+
+@pytest.fixture
+def renderer(template: str, thinking: bool) -> Any:
+    return get_renderer(loaded(template), thinking=thinking)
 
 
 def row(title: str) -> Any:
@@ -104,3 +107,19 @@ def test_a_conversation_that_ends_with_an_answer_has_the_golden_ids(
         assert rest in ("", "\n"), title
         compared += 1
     assert compared >= 10
+
+
+def test_the_qwen3_tokenizer_is_the_published_one() -> None:
+    """Sizes and ids as in the model's tokenizer.json."""
+    tokenizer = loaded("qwen3")
+    model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    assert (len(tokenizer), len(model["vocab"]), len(model["merges"])) == (151669, 151643, 151387)
+    ids = {"<|endoftext|>": 151643, "<|im_start|>": 151644, "<|im_end|>": 151645, "<think>": 151667, "</think>": 151668}
+    assert {text: tokenizer.convert_tokens_to_ids(text) for text in ids} == ids
+
+
+def test_the_qwen3_6_tokenizer_gives_the_ids_that_its_package_documents() -> None:
+    expected = [9419, 0, 220, 97169, 97621, 6115, 16, 478, 220, 16, 283, 220, 17, 9551, 254]
+    expected += [68933, 128, 97, 91914, 28495, 68933, 128, 105, 68933, 128, 95]
+    text = "Hello! 毕老师！1 + 1 = 2 ĠÑĤÐ²ÑĬÑĢ"  # noqa: RUF001, as it stands there
+    assert loaded("qwen3_6").encode(text, add_special_tokens=False) == expected

@@ -6,7 +6,7 @@ Contents here have no whitespace at their borders and no text of control tokens;
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -101,19 +101,30 @@ class Setup:
         return str(self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
 
-def _setups(*, to_train: bool) -> Iterator[Any]:
-    for name in ALL_FAMILIES:
-        template = ALL_FAMILIES[name].template or name
-        for thinking in settings_of(template):
-            for title, case in cases_of(template):
-                if to_train and not can_be_trained(template, thinking, case):
-                    continue
-                mark = f"{name}{' thinking' if thinking else ''}-{title}"
-                yield pytest.param(Setup(name, thinking, title), id=mark)
+ALL_SETUPS = [
+    Setup(name, thinking, title)
+    for name, family in ALL_FAMILIES.items()
+    for thinking in settings_of(family.template or name)
+    for title, _ in cases_of(family.template or name)
+]
+TRAINABLE = [one for one in ALL_SETUPS if can_be_trained(one.template, one.thinking, one.case)]
 
 
-ALL_SETUPS = list(_setups(to_train=False))
-TRAINABLE = list(_setups(to_train=True))
+def for_each(setups: list[Setup]) -> Callable[[Callable[[Setup], None]], Any]:
+    """Makes a check of one setup a test of every family and setting of the thinking switch, with all its setups."""
+    groups: dict[str, list[Setup]] = {}
+    for one in setups:
+        groups.setdefault(f"{one.name}{' thinking' if one.thinking else ''}", []).append(one)
+
+    def decorate(check: Callable[[Setup], None]) -> Any:
+        def test(group: list[Setup]) -> None:
+            for setup in group:
+                check(setup)
+
+        test.__name__, test.__doc__ = check.__name__, check.__doc__
+        return pytest.mark.parametrize("group", groups.values(), ids=groups)(test)
+
+    return decorate
 
 
 @dataclass(frozen=True)
@@ -164,7 +175,7 @@ def text_of(message: dict[str, Any]) -> str:
     return "".join(part["text"] for part in content) if isinstance(content, list) else content or ""
 
 
-@pytest.mark.parametrize("setup", ALL_SETUPS)
+@for_each(ALL_SETUPS)
 def test_every_prompt_equals_the_template_token_for_token_with_one_bos_at_most(setup: Setup) -> None:
     bos = setup.tokenizer.bos_token_id
     for count in setup.case.prompts:
@@ -186,7 +197,7 @@ def test_prompt_of_the_package_is_the_renderers() -> None:
     assert mint.chat.prompt(messages, thinking, tools=TOOLS) == thinking.prompt(messages, TOOLS) != expected
 
 
-@pytest.mark.parametrize("setup", TRAINABLE)
+@for_each(TRAINABLE)
 def test_concatenated_examples_train_every_answer_once_after_the_samplers_prompt(setup: Setup) -> None:
     runs = [run for datum in trained(setup) for run in datum]
     assert len(runs) == len(setup.case.answers)
@@ -196,7 +207,7 @@ def test_concatenated_examples_train_every_answer_once_after_the_samplers_prompt
         assert len(prompt) <= run.start < run.stop
 
 
-@pytest.mark.parametrize("setup", TRAINABLE)
+@for_each(TRAINABLE)
 def test_an_answer_is_what_the_template_writes_after_the_prompt(setup: Setup) -> None:
     """Also where the sampler's tokens differ from those of the template in one piece, the text is the same."""
     end = ALL_FAMILIES[setup.name].end_of_turn
@@ -225,14 +236,10 @@ def test_an_answer_is_what_the_template_writes_after_the_prompt(setup: Setup) ->
             assert setup.decode(run.ids).endswith(text_of(setup.case.messages[index]) + end)
 
 
-CONTENT_ALONE = [
-    one
-    for one in TRAINABLE
-    if not (one.values[0].thinking or one.values[0].case.has_reasoning or "calls" in one.values[0].case.needs)
-]
+CONTENT_ALONE = [one for one in TRAINABLE if not (one.thinking or one.case.has_reasoning or "calls" in one.case.needs)]
 
 
-@pytest.mark.parametrize("setup", CONTENT_ALONE)
+@for_each(CONTENT_ALONE)
 def test_trained_text_is_the_answers_and_their_end_tokens(setup: Setup) -> None:
     end = ALL_FAMILIES[setup.name].end_of_turn
     opening = OPENING.get(setup.name, "")
@@ -240,7 +247,7 @@ def test_trained_text_is_the_answers_and_their_end_tokens(setup: Setup) -> None:
     assert texts == [opening + text_of(setup.case.messages[index]) + end for index in setup.case.answers]
 
 
-@pytest.mark.parametrize("setup", TRAINABLE)
+@for_each(TRAINABLE)
 def test_the_last_trained_token_of_an_answer_is_the_only_stop_token_in_it(setup: Setup) -> None:
     stops = set(setup.renderer.stop_token_ids)
     for datum in trained(setup):
@@ -248,7 +255,7 @@ def test_the_last_trained_token_of_an_answer_is_the_only_stop_token_in_it(setup:
             assert [token in stops for token in run.ids] == [False] * (len(run.ids) - 1) + [True]
 
 
-@pytest.mark.parametrize("setup", TRAINABLE)
+@for_each(TRAINABLE)
 def test_there_is_a_new_datum_exactly_where_the_template_rewrites_the_history(setup: Setup) -> None:
     answers = setup.case.answers
     runs = [run for datum in trained(setup) for run in datum]
@@ -259,7 +266,7 @@ def test_there_is_a_new_datum_exactly_where_the_template_rewrites_the_history(se
     assert len(datums) == 1 + breaks and all(datums)
 
 
-@pytest.mark.parametrize("setup", TRAINABLE)
+@for_each(TRAINABLE)
 def test_a_datum_ends_with_its_last_trained_token_and_weights_stand_over_their_targets(setup: Setup) -> None:
     for datum in setup.datums():
         inputs = datum.model_input.to_ints()
@@ -270,7 +277,7 @@ def test_a_datum_ends_with_its_last_trained_token_and_weights_stand_over_their_t
         assert weights[-1] == 1.0
 
 
-@pytest.mark.parametrize("setup", TRAINABLE)
+@for_each(TRAINABLE)
 def test_last_assistant_trains_the_last_answer_only(setup: Setup) -> None:
     last = setup.case.answers[-1]
     ((run,),) = trained(setup, "last_assistant")
@@ -280,12 +287,10 @@ def test_last_assistant_trains_the_last_answer_only(setup: Setup) -> None:
 
 
 PARSES_NO_CALLS = ("lfm2_v2", "nemotron_3_nano")  # rendered by their templates, with no parser for their way of calling
-PARSED = [
-    one for one in TRAINABLE if not (one.values[0].name in PARSES_NO_CALLS and "calls" in one.values[0].case.needs)
-]
+PARSED = [one for one in TRAINABLE if not (one.name in PARSES_NO_CALLS and "calls" in one.case.needs)]
 
 
-@pytest.mark.parametrize("setup", PARSED)
+@for_each(PARSED)
 def test_the_parsed_answer_is_the_message_and_gives_the_same_prompt_when_it_is_put_back(setup: Setup) -> None:
     runs = [run for datum in trained(setup) for run in datum]
     messages = list(setup.case.messages)
