@@ -72,15 +72,19 @@ def test_trap_01_is_there_to_fall_into(qwen3: Any) -> None:
     assert len(datums) == 2 and all_tokens(datums[1]) == whole[: len(all_tokens(datums[1]))]
 
 
-def test_trap_02_generation_prompt_is_not_trained(family: str, tokenizer: Any) -> None:
+@pytest.mark.parametrize("thinking", [False, True])
+def test_trap_02_generation_prompt_is_not_trained(family: str, tokenizer: Any, thinking: bool) -> None:
     """A trained run begins with the content's first token: no header, no empty think block, no token too many."""
-    for answer, text in zip(
-        answers(conversation_to_datums(TWO_TURNS, tokenizer, MAX)), ("Hi there!", "Blue is a color."), strict=True
-    ):
-        assert answer.tokens == [*plain_ids(tokenizer, text), ending(tokenizer, family)]
-        header = "<|start_header_id|>assistant<|end_header_id|>\n\n" if "llama" in family else "<|im_start|>assistant\n"
-        scaffold = header + ("<think>\n\n</think>\n\n" if family == "qwen3" else "")
-        assert tokenizer.decode(answer.prompt).endswith(scaffold)
+    if thinking and family != "qwen3":
+        pytest.skip("one family has a thinking switch")
+    found = answers(conversation_to_datums(TWO_TURNS, get_renderer(tokenizer, thinking=thinking), MAX))
+    end = ending(tokenizer, family)
+    assert [answer.tokens for answer in found] == [
+        [*plain_ids(tokenizer, text), end] for text in ("Hi there!", "Blue is a color.")
+    ]
+    header = "<|start_header_id|>assistant<|end_header_id|>\n\n" if "llama" in family else "<|im_start|>assistant\n"
+    scaffold = header + ("<think>\n\n</think>\n\n" if family == "qwen3" else "")
+    assert all(tokenizer.decode(answer.prompt).endswith(scaffold) for answer in found)
 
 
 @pytest.mark.parametrize("name", ["smollm2", "qwen2_5", "qwen3_instruct_2507"])
