@@ -8,10 +8,10 @@ import pytest
 import mint
 from tests.unit.chat.tiny_tokenizers import tokenizer_of
 
-FAMILIES = ("smollm2", "qwen2_5", "qwen3", "qwen3_instruct_2507", "llama3", "llama3_1", "llama3_2")
+FAMILY_NAMES = ("smollm2", "qwen2_5", "qwen3", "qwen3_instruct_2507", "llama3", "llama3_1", "llama3_2")
 
 
-@pytest.fixture(params=FAMILIES)
+@pytest.fixture(params=FAMILY_NAMES)
 def family(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 

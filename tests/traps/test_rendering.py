@@ -10,12 +10,14 @@ import pytest
 
 from mint.chat import Converter, conversation_to_datums, convert_conversations, get_renderer, skip_reason
 from mint.errors import DataError, UnsupportedError
+from tests.traps.conftest import FAMILY_NAMES
 from tests.traps.reading import answers, control_ids, plain_ids
 from tests.unit.chat.conversations import HELLO, TWO_TURNS, all_tokens, chat, template_ids
 from tests.unit.chat.tiny_tokenizers import DATED, FAMILIES, make_tokenizer, tokenizer_of
 
 MAX = 2048
 FROZEN = "26 Jul 2024"
+SWITCHES = [*((name, False) for name in FAMILY_NAMES), ("qwen3", True)]  # thinking, where a template can be told
 THOUGHTS = chat("Say hi.", "<think>\nA greeting.\n</think>\n\nHi!", "A color?", "<think>\nMany.\n</think>\n\nBlue.")
 WEATHER = {
     "type": "function",
@@ -38,12 +40,10 @@ def ending(tokenizer: Any, family: str) -> int:
     return int(tokenizer.convert_tokens_to_ids(FAMILIES[family].end_of_turn))
 
 
-@pytest.mark.parametrize("conversation", [TWO_TURNS, THOUGHTS], ids=["plain", "thoughts"])
-def test_trap_01_prefix_mismatch(family: str, tokenizer: Any, conversation: Any) -> None:
+@pytest.mark.parametrize(("family", "thinking"), SWITCHES)
+def test_trap_01_prefix_mismatch(family: str, thinking: bool) -> None:
     """Every answer is trained once, after exactly the ids that the template writes for its prompt."""
-    if conversation is THOUGHTS and family != "qwen3":
-        pytest.skip("one family writes thoughts")
-    thinking = conversation is THOUGHTS
+    tokenizer, conversation = tokenizer_of(family), THOUGHTS if thinking else TWO_TURNS
     options = {"enable_thinking": thinking, "date_string": FROZEN}
     renderer = get_renderer(tokenizer, thinking=thinking)
     found = answers(conversation_to_datums(conversation, renderer, MAX))
@@ -72,11 +72,10 @@ def test_trap_01_is_there_to_fall_into(qwen3: Any) -> None:
     assert len(datums) == 2 and all_tokens(datums[1]) == whole[: len(all_tokens(datums[1]))]
 
 
-@pytest.mark.parametrize("thinking", [False, True])
-def test_trap_02_generation_prompt_is_not_trained(family: str, tokenizer: Any, thinking: bool) -> None:
+@pytest.mark.parametrize(("family", "thinking"), SWITCHES)
+def test_trap_02_generation_prompt_is_not_trained(family: str, thinking: bool) -> None:
     """A trained run begins with the content's first token: no header, no empty think block, no token too many."""
-    if thinking and family != "qwen3":
-        pytest.skip("one family has a thinking switch")
+    tokenizer = tokenizer_of(family)
     found = answers(conversation_to_datums(TWO_TURNS, get_renderer(tokenizer, thinking=thinking), MAX))
     end = ending(tokenizer, family)
     assert [answer.tokens for answer in found] == [
@@ -156,11 +155,11 @@ def test_trap_16_the_date_is_frozen_and_recorded(name: str) -> None:
     today = datetime.now().strftime("%d %b %Y")
     if name == "llama3_2":
         assert today in tokenizer.apply_chat_template(HELLO, tokenize=False)  # the trap
-    for date, shown in ((None, FROZEN), ("1 Jan 2030", "1 Jan 2030")):
+    for date, shown in ((None, FROZEN), ("14 Feb 2030", "14 Feb 2030")):
         renderer = get_renderer(tokenizer, date=date)
         prompt = renderer.prompt(HELLO[:1])
         text = tokenizer.decode(prompt)
-        assert f"Today Date: {shown}\n" in text.replace("01 Jan 2030", "1 Jan 2030") and today not in text
+        assert f"Today Date: {shown}\n" in text and today not in text
         assert str(renderer.settings["date"]) == shown
         (datum,) = conversation_to_datums(HELLO, renderer, MAX)
         assert all_tokens(datum)[: len(prompt)] == prompt
