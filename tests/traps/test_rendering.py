@@ -125,7 +125,7 @@ OPEN_ENDED = (
 def test_trap_07_a_template_without_end_of_turn_is_refused() -> None:
     """What a model was never taught to end, it does not end."""
     tokenizer = make_tokenizer("qwen2_5", OPEN_ENDED)
-    with pytest.raises((UnsupportedError, DataError), match="end"):
+    with pytest.raises((UnsupportedError, DataError), match="never learn to stop"):
         conversation_to_datums(HELLO, get_renderer(tokenizer), MAX)
 
 
@@ -163,6 +163,23 @@ def test_trap_16_the_date_is_frozen_and_recorded(name: str) -> None:
         assert str(renderer.settings["date"]) == shown
         (datum,) = conversation_to_datums(HELLO, renderer, MAX)
         assert all_tokens(datum)[: len(prompt)] == prompt
+
+
+ASKS_THE_CLOCK = (
+    "{{ '<|im_start|>system\\nToday: ' + strftime_now('%Y-%m-%d') + '<|im_end|>\\n' }}"
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+
+def test_trap_16_a_template_that_knows_nothing_but_the_clock() -> None:
+    tokenizer = make_tokenizer("qwen2_5", ASKS_THE_CLOCK)
+    assert f"{datetime.now():%Y-%m-%d}" in tokenizer.apply_chat_template(HELLO, tokenize=False)  # the trap
+    datums, report = convert_conversations([HELLO], tokenizer, MAX)
+    for ids in (all_tokens(datums[0]), get_renderer(tokenizer).prompt(HELLO[:1])):
+        assert "Today: 2024-07-26<|im_end|>" in tokenizer.decode(ids)
+    (told,) = report.injected_system
+    assert "2024-07-26" in told
 
 
 NEEDS_A_QUESTION = (
@@ -259,6 +276,7 @@ def test_reasoning_survives_render_parse_render(qwen3: Any) -> None:
     (answer,) = answers(conversation_to_datums(messages, renderer, MAX))
     parsed = renderer.parse(answer.tokens)
     assert (parsed.reasoning, parsed.content, parsed.finished) == ("Let me\n\nsee.", "It is 4.", True)
+    assert parsed.message == messages[-1]
     again = answers(conversation_to_datums([*chat("Q"), parsed.message], renderer, MAX))
     assert again == [answer]
     assert qwen3.decode(answer.tokens).count("<think>") == 1
