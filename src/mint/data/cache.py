@@ -10,16 +10,17 @@ import hashlib
 import json
 import logging
 import sqlite3
-import types as python_types
 import weakref
-from dataclasses import fields
+from dataclasses import fields, is_dataclass, replace
 from functools import cache
 from importlib.metadata import version
 from importlib.resources import files
+from itertools import repeat
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_type_hints
+from types import UnionType
+from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+import numpy as np
 
 from mint import types
 from mint.chat import ConversionReport, Converter
@@ -163,7 +164,7 @@ def cached(converter: Converter, settings: Settings | None = None) -> CachedConv
 
 def fingerprint(converter: Converter) -> bytes:
     """32 bytes that are equal where a converter makes the same of every row, in any process."""
-    renderer, tokenizer = converter.renderer, converter.renderer.encoder.tokenizer
+    renderer, tokenizer = converter.renderer, converter.renderer.tokenizer
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise UnsupportedError(
@@ -172,7 +173,7 @@ def fingerprint(converter: Converter) -> bytes:
         )
     parts = {
         "code": _code_digest(),
-        "libraries": [version(name) for name in ("tokenizers", "transformers")],
+        "libraries": [version(name) for name in ("jinja2", "tokenizers", "transformers")],
         "rules": repr(converter.rules),
         "settings": renderer.settings,
         "template": tokenizer.get_chat_template(),
@@ -194,27 +195,55 @@ def _checksum(key: bytes, value: bytes) -> bytes:
 
 
 def _encoded(outcome: RowOutcome) -> bytes:
-    kept = (getattr(outcome, name) for name in _KEPT)
-    return _adapter().dump_json(tuple(str(value) if isinstance(value, DataError) else value for value in kept))
+    return json.dumps(outcome, default=_plain, separators=(",", ":")).encode()
+
+
+def _plain(value: object) -> object:
+    """What JSON does not know, as something that it does."""
+    match value:
+        case np.ndarray():
+            return value.tolist()
+        case bytes():
+            return value.hex()
+        case DataError():
+            return str(value)
+        case _ if is_dataclass(value):
+            return {field.name: getattr(value, field.name) for field in fields(value)}
+    raise TypeError(f"{type(value).__name__} in a conversion cannot be kept in the cache")
 
 
 def _decoded(number: int, stored: bytes) -> RowOutcome | None:
     """The outcome as that of row `number`; None where it is of another form."""
     try:
-        kept = dict(zip(_KEPT, _adapter().validate_json(stored), strict=True))
-    except ValidationError:
+        outcome: RowOutcome = _restored(RowOutcome, json.loads(stored))
+    except (ValueError, TypeError, KeyError):
         return None
-    error = kept.pop("error")
-    return RowOutcome(number=number, error=None if error is None else DataError(error), **kept)
+    return replace(outcome, number=number)
 
 
-_KEPT = tuple(field.name for field in fields(RowOutcome) if field.name != "number")
+def _restored(kind: Any, value: Any) -> Any:
+    """The value of that type annotation whose JSON this is."""
+    if isinstance(kind, UnionType):
+        return None if value is None else _restored(kind.__args__[0], value)
+    annotations = _annotations(kind)
+    if annotations is not None:
+        return kind(**{name: _restored(inner, value[name]) for name, inner in annotations.items()})
+    if kind is bytes:
+        return bytes.fromhex(value)
+    if kind is DataError:
+        return DataError(value)
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin is np.ndarray:
+        return np.array(value, get_args(inner[1])[0])
+    if origin is tuple:
+        kinds = repeat(inner[0], len(value)) if inner[-1] is ... else inner
+        return tuple(_restored(one, item) for one, item in zip(kinds, value, strict=True))
+    if origin is list and inner[0] not in (int, float, str, bool):
+        return [_restored(inner[0], item) for item in value]
+    return value
 
 
 @cache
-def _adapter() -> TypeAdapter[Any]:
-    """JSON of everything in a RowOutcome but its number; an error is its text."""
-    hints = get_type_hints(RowOutcome) | {"error": str | None}
-    kept: Any = python_types.GenericAlias(tuple, tuple(hints[name] for name in _KEPT))
-    exact = ConfigDict(ser_json_bytes="base64", val_json_bytes="base64", ser_json_inf_nan="constants")
-    return TypeAdapter(kept, config=exact)
+def _annotations(kind: Any) -> dict[str, Any] | None:
+    """Of a dataclass's fields; None for any other type."""
+    return get_type_hints(kind) if is_dataclass(kind) else None

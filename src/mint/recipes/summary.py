@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 
 from mint.chat import ConversionReport
+from mint.recipes.evaluation import Evaluation, comparison
 
 
 def print_summary(console: Console, report: ConversionReport, summary: Mapping[str, Any], out: Path) -> None:
@@ -22,8 +23,8 @@ def print_summary(console: Console, report: ConversionReport, summary: Mapping[s
                 console.print(f"[dim]{when}:[/dim]")
                 console.print(sample[when], markup=False, highlight=False)
         console.print(f"\ntrain loss: {summary['first_train_loss']:.4f} -> {summary['last_train_loss']:.4f}")
-        console.print(f"test NLL:   {summary['test_nll_before']:.4f} -> {summary['test_nll_after']:.4f}  "
-                      f"({summary['test_rows']} held-out rows)")  # fmt: skip
+        before, after = (Evaluation(**summary[f"evaluation_{when}"]) for when in ("before", "after"))
+        console.print(comparison(before, after), highlight=False)
     else:
         console.print(f"\n[yellow]interrupted after step {summary['step']}; everything is saved[/yellow]")
     console.print(f"speed:      {summary['tokens_per_second']:.0f} tokens/s, "

@@ -125,8 +125,8 @@ def test_a_stream_of_a_converter_is_the_same_in_process_and_in_workers():
     converter = Converter(tokenizer_of("qwen2_5"), 200)
     plain, ahead = (list(stream_outcomes(rows, converter, workers)) for workers in (0, 1))
     assert len(plain) == len(rows)
-    assert [outcome.conversion for outcome in ahead] == [outcome.conversion for outcome in plain]
     assert [str(outcome.error) for outcome in ahead] == [str(outcome.error) for outcome in plain]
+    assert [converter.take(outcome) for outcome in ahead] == [converter.take(outcome) for outcome in plain]
 
 
 def test_rows_are_prepared_in_other_processes_a_bounded_number_ahead():
