@@ -13,8 +13,10 @@ from mint.chat.datums import Conversion, OnOverlong, Rules, TrainOn, as_renderer
 from mint.chat.encoding import Tokenizer
 from mint.chat.messages import Message, check_messages, skip_reason
 from mint.chat.renderer import Renderer
+from mint.chat.seen import SeenDigests, SeenNumbers
 from mint.errors import DataError
 
+LISTED_ROWS = 100  # row numbers kept per reason
 _NUMBERS_SHOWN = 10  # row numbers printed per reason
 
 
@@ -24,7 +26,8 @@ class ConversionReport:
 
     rows: conversations read. datums, tokens: what was made; a datum's tokens are those of its model input.
     trained_tokens: targets with a weight other than zero.
-    skipped_rows: the numbers (from 0) of the rows that gave no datum, by reason; first_errors: one message per reason.
+    skipped: how many rows gave no datum, by reason. skipped_rows: the numbers (from 0) of the first 100 of them;
+        first_errors: one message per reason.
     truncated_rows: rows with an answer or a history cut to max_length; dropped_turns: answers that did not fit, in rows
         of which others did; trailing_messages: messages after the last assistant turn, left out.
     control_text_rows: rows with the text of a control token in a message; it was encoded as ordinary text.
@@ -36,6 +39,7 @@ class ConversionReport:
     datums: int = 0
     tokens: int = 0
     trained_tokens: int = 0
+    skipped: dict[str, int] = field(default_factory=dict)
     skipped_rows: dict[str, list[int]] = field(default_factory=dict)
     first_errors: dict[str, str] = field(default_factory=dict)
     truncated_rows: int = 0
@@ -44,11 +48,6 @@ class ConversionReport:
     control_text_rows: int = 0
     injected_system: dict[str, int] = field(default_factory=dict)
     duplicate_rows: int = 0
-
-    @property
-    def skipped(self) -> dict[str, int]:
-        """Number of skipped rows by reason."""
-        return {reason: len(numbers) for reason, numbers in self.skipped_rows.items()}
 
     @property
     def skipped_fraction(self) -> float:
@@ -61,9 +60,10 @@ class ConversionReport:
             f"datums                  {self.datums:,}",
             f"tokens                  {self.tokens:,} ({self.trained_tokens:,} trained)",
         ]
-        for reason, numbers in self.skipped_rows.items():
-            shown = ", ".join(map(str, numbers[:_NUMBERS_SHOWN])) + (", ..." if len(numbers) > _NUMBERS_SHOWN else "")
-            lines += [f"skipped: {reason:<14} {len(numbers):,} (rows {shown})", f"    {self.first_errors[reason]}"]
+        for reason, count in self.skipped.items():
+            numbers = self.skipped_rows[reason][:_NUMBERS_SHOWN]
+            shown = ", ".join(map(str, numbers)) + (", ..." if count > _NUMBERS_SHOWN else "")
+            lines += [f"skipped: {reason:<14} {count:,} (rows {shown})", f"    {self.first_errors[reason]}"]
         counts = {
             "truncated rows": self.truncated_rows,
             "answers too long": self.dropped_turns,
@@ -91,7 +91,10 @@ class ConversionReport:
     def skip(self, row: int, error: DataError) -> None:
         """Count one row that cannot be used."""
         reason = skip_reason(error)
-        self.skipped_rows.setdefault(reason, []).append(row)
+        self.skipped[reason] = self.skipped.get(reason, 0) + 1
+        listed = self.skipped_rows.setdefault(reason, [])
+        if len(listed) < LISTED_ROWS:
+            listed.append(row)
         self.first_errors.setdefault(reason, f"row {row}: {error}")
 
 
@@ -115,8 +118,9 @@ def convert_conversations(
 
 @dataclass(frozen=True, slots=True)
 class RowOutcome:
-    """What became of row `number`: a conversion, or the error for which it cannot be used.
+    """What became of row `number`: a conversion, or the error for which it cannot be used, or both.
 
+    conversion: has no examples where the row is too long, and an error stands beside it.
     digest: of roles and contents, equal for equal conversations; None where there is no conversation.
     """
 
@@ -144,8 +148,7 @@ class Converter:
     ) -> None:
         self.report = ConversionReport()
         self.renderer, self.rules = as_renderer(tokenizer), Rules(max_length, train_on, on_overlong)
-        self._numbers: set[int] = set()
-        self._digests: set[bytes] = set()
+        self._numbers, self._digests = SeenNumbers(), SeenDigests()
 
     def __call__(self, number: int, row: Any) -> list[types.Datum]:
         """Raises DataError for an overlong row, and only with on_overlong="error"."""
@@ -153,30 +156,29 @@ class Converter:
 
     def outcome(self, number: int, row: Any) -> RowOutcome:
         """Converts a row; changes nothing."""
-        digest = None
+        digest = conversion = None
         try:
             messages = check_messages(row)
             digest = _digest(messages)
             conversion = convert(messages, self.renderer, self.rules)
             require_examples(conversion, self.rules)
         except DataError as error:
-            return RowOutcome(number, digest, None, error)
+            return RowOutcome(number, digest, conversion, error)
         return RowOutcome(number, digest, conversion, None)
 
     def take(self, outcome: RowOutcome) -> list[types.Datum]:
         """Counts an outcome and gives its datums. Raises as `converter(number, row)`."""
-        report = ConversionReport() if outcome.number in self._numbers else self.report
-        self._numbers.add(outcome.number)
+        is_new = self._numbers.add(outcome.number)
+        report = self.report if is_new else ConversionReport()
         report.rows += 1
-        if outcome.digest is not None and report is self.report:
-            report.duplicate_rows += outcome.digest in self._digests
-            self._digests.add(outcome.digest)
-        if outcome.conversion is None:
-            assert outcome.error is not None
+        if outcome.digest is not None and is_new:
+            report.duplicate_rows += not self._digests.add(outcome.digest)
+        if outcome.error is not None:
             if self.rules.on_overlong == "error" and skip_reason(outcome.error) == "overlong":
                 raise DataError(f"{outcome.error} (row {outcome.number})")
             report.skip(outcome.number, outcome.error)
             return []
+        assert outcome.conversion is not None
         made = [to_datum(example) for example in outcome.conversion.examples]
         report.add(outcome.conversion, made)
         return made

@@ -1,0 +1,49 @@
+"""A hash of training data as the model sees it: two losses are comparable where they measured the same tokens."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from mint import types
+
+
+class RenderedHash:
+    """SHA-256 over datums in order. Of each: the number of its input tokens, the input ids and the target ids as int64,
+    the weights as float32, all little endian."""
+
+    def __init__(self) -> None:
+        self._sha = hashlib.sha256()
+
+    def add_datum(self, datum: types.Datum) -> None:
+        inputs = datum.loss_fn_inputs
+        self._add(
+            np.array(datum.model_input.to_ints()), inputs["target_tokens"].to_numpy(), inputs["weights"].to_numpy()
+        )
+
+    def add_example(self, tokens: Sequence[int], weights: Sequence[float]) -> None:
+        """An example before the shift to next tokens, as `mint.chat` makes it; as its datum."""
+        ids = np.array(tokens)
+        self._add(ids[:-1], ids[1:], np.array(weights[1:]))
+
+    def hexdigest(self) -> str:
+        return self._sha.hexdigest()
+
+    def _add(
+        self, inputs: npt.NDArray[np.generic], targets: npt.NDArray[np.generic], weights: npt.NDArray[np.generic]
+    ) -> None:
+        self._sha.update(np.array([len(inputs)], "<i8").tobytes())
+        self._sha.update(inputs.astype("<i8").tobytes())
+        self._sha.update(targets.astype("<i8").tobytes())
+        self._sha.update(weights.astype("<f4").tobytes())
+
+
+def rendered_hash(datums: Iterable[types.Datum]) -> str:
+    """The hash of `datums` (with target_tokens and weights) in their order, as 64 hexadecimal digits."""
+    rendered = RenderedHash()
+    for datum in datums:
+        rendered.add_datum(datum)
+    return rendered.hexdigest()
