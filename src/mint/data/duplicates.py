@@ -1,0 +1,217 @@
+"""Rows that say the same thing: exact and near duplicates, within the training rows, within the test rows, and across.
+
+Near are two rows whose sets of three-word shingles have a Jaccard similarity of at least NEAR. Candidates are found with
+MinHash: 16 bands of 5 minima, so a pair of similarity s is found with the probability 1 - (1 - s^5)^16: 0.998 at 0.8,
+0.99992 at 0.85. Each candidate is then compared in full, so no pair is reported by chance.
+
+A row costs 84 bytes until the comparison.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import zlib
+from array import array
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any, Final, Literal, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+Split = Literal["train", "test"]
+Hashes = npt.NDArray[np.uint64]
+Indices = npt.NDArray[np.int64]
+
+NEAR: Final = 0.8
+BANDS, MINIMA = 16, 5
+LISTED_PAIRS: Final = 100
+MAX_COMPARISONS: Final = 200_000
+
+# scripts without spaces between words: every character is taken for one
+_WORD: Final = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]|[^\W\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]+")
+_SYSTEM_ROLES: Final = ("system", "developer")
+_AT_ONCE: Final = 4096  # shingles: 2.6 MB of products
+_SPLITS: Final[tuple[Split, Split]] = ("train", "test")
+
+
+class Pair(NamedTuple):
+    """Row `row`, which says what the earlier row `of` says; similarity is 1.0 where they are equal."""
+
+    row: int
+    of: int
+    similarity: float
+
+
+@dataclass(slots=True)
+class Pairs:
+    """How many rows were found, and the first LISTED_PAIRS of them."""
+
+    count: int = 0
+    pairs: list[Pair] = field(default_factory=list)
+
+    def add(self, pair: Pair) -> None:
+        self.count += 1
+        if len(self.pairs) < LISTED_PAIRS:
+            self.pairs.append(pair)
+
+
+@dataclass(slots=True)
+class Duplicates:
+    """Row numbers count from 0 within train and within test. A row stands in a list once, with the earliest row found.
+
+    train_exact, test_exact: rows equal to an earlier row of their own side: the same roles and contents.
+    overlap_exact: test rows (`row`) equal to a training row (`of`); they are not listed under test_exact, too.
+    train_near, test_near, overlap_near: the same for rows that are near an earlier one and equal to none.
+    uncompared: candidate pairs beyond MAX_COMPARISONS, which were not looked at.
+    """
+
+    train_exact: Pairs = field(default_factory=Pairs)
+    test_exact: Pairs = field(default_factory=Pairs)
+    overlap_exact: Pairs = field(default_factory=Pairs)
+    train_near: Pairs = field(default_factory=Pairs)
+    test_near: Pairs = field(default_factory=Pairs)
+    overlap_near: Pairs = field(default_factory=Pairs)
+    uncompared: int = 0
+
+
+class DuplicateFinder:
+    """Fed with every row of train, then with every row of test; `find` compares them."""
+
+    def __init__(self) -> None:
+        self._numbers, self._digests, self._bands = array("Q"), array("Q"), array("I")
+        self._num_train = 0
+
+    def add(self, split: Split, number: int, row: Any, digest: bytes) -> None:
+        """digest: equal for equal rows; the first 8 bytes are used."""
+        assert split == "test" or self._num_train == len(self._numbers), "train rows come first"
+        self._num_train += split == "train"
+        self._numbers.append(number)
+        self._digests.append(int.from_bytes(digest[:8], "little"))
+        self._bands.frombytes(band_hashes(shingles(row)).tobytes())
+
+    def find(self, row_at: Callable[[Split, int], Any]) -> Duplicates:
+        """row_at(split, number) reads a row again, for the comparison in full."""
+        found = Duplicates()
+        digests = np.array(self._digests, dtype=np.uint64)
+        self._find_exact(digests, found)
+        first_of_its_kind = np.sort(np.unique(digests, return_index=True)[1])
+        bands = np.array(self._bands, dtype=np.uint32).reshape(-1, BANDS)
+
+        @lru_cache(maxsize=64)
+        def shingles_at(index: int) -> Hashes:
+            split, number = self._place(index)
+            return shingles(row_at(split, number))
+
+        done = -1
+        for comparisons, (row, of) in enumerate(candidates(bands, first_of_its_kind)):
+            if comparisons >= MAX_COMPARISONS:
+                found.uncompared += row != done
+                continue
+            if row == done:
+                continue
+            similarity = jaccard(shingles_at(row), shingles_at(of))
+            if similarity >= NEAR:
+                done = row
+                self._list(found, "near", row, of, similarity)
+        return found
+
+    def _find_exact(self, digests: Hashes, found: Duplicates) -> None:
+        _, first, inverse = np.unique(digests, return_index=True, return_inverse=True)
+        first_anywhere = first[inverse]
+        for row in np.flatnonzero(first_anywhere < np.arange(len(digests))):
+            of = int(first_anywhere[row])
+            self._list(found, "exact", int(row), of, 1.0)
+
+    def _list(self, found: Duplicates, kind: str, row: int, of: int, similarity: float) -> None:
+        (split, number), (other, of_number) = self._place(row), self._place(of)
+        pairs: Pairs = getattr(found, f"{split if split == other else 'overlap'}_{kind}")
+        pairs.add(Pair(number, of_number, round(similarity, 4)))
+
+    def _place(self, index: int) -> tuple[Split, int]:
+        return _SPLITS[index >= self._num_train], self._numbers[index]
+
+
+def candidates(bands: npt.NDArray[np.uint32], chosen: Indices) -> Iterator[tuple[int, int]]:
+    """Pairs (row, earlier row) of `chosen` rows that agree in a band, by row, the earliest partner first.
+
+    bands: [rows, BANDS]. Of many rows that agree, each is paired with the first and with the one before it, so that
+    n equal rows give n pairs and not n * n.
+    """
+    codes = np.empty(0, np.uint64)
+    for band in range(BANDS):
+        values = bands[chosen, band]
+        order = np.argsort(values, kind="stable")  # rows of one value stay in their order
+        values, rows = values[order], chosen[order].astype(np.uint64)
+        agrees = np.flatnonzero(values[1:] == values[:-1]) + 1
+        begins = np.ones(len(values), dtype=bool)
+        begins[agrees] = False
+        first = np.maximum.accumulate(np.where(begins, np.arange(len(values)), 0))
+        pairs = [rows[agrees] << np.uint64(32) | rows[earlier] for earlier in (first[agrees], agrees - 1)]
+        codes = np.unique(np.concatenate([codes, *pairs]))
+    for code in codes:
+        yield int(code) >> 32, int(code) & 0xFFFFFFFF
+
+
+def jaccard(one: Hashes, other: Hashes) -> float:
+    """Size of the intersection over that of the union; of sets without duplicates. 0.0 where both are empty."""
+    common = len(np.intersect1d(one, other, assume_unique=True))
+    return common / max(1, len(one) + len(other) - common)
+
+
+def shingles(row: Any) -> Hashes:
+    """Sorted 64-bit hashes of the different runs of three words in what users, assistants and tools say.
+
+    Words are compared without case and punctuation. System texts are left out, since whole sets share them. Fewer than
+    three words are one shingle; a row without a word has none.
+    """
+    words = [zlib.crc32(word.encode("utf-8", "replace")) for word in _WORD.findall(_spoken(row).lower())]
+    ids = np.array(words, dtype=np.uint64)
+    if 0 < len(ids) < 3:
+        ids = np.concatenate([ids, np.zeros(3 - len(ids), np.uint64)])
+    if not len(ids):
+        return ids
+    hashes = _mixed(_mixed(_mixed(ids[:-2]) ^ ids[1:-1]) ^ ids[2:])
+    return np.unique(hashes)
+
+
+def band_hashes(hashes: Hashes) -> npt.NDArray[np.uint32]:
+    """[BANDS]: a hash of the minima of each band."""
+    if not len(hashes):  # of nothing there is no minimum; such rows agree only with each other
+        return np.zeros(BANDS, np.uint32)
+    minima = np.full(BANDS * MINIMA, np.iinfo(np.uint64).max)
+    for start in range(0, len(hashes), _AT_ONCE):
+        scattered = hashes[start : start + _AT_ONCE] * _FACTORS[:, None] + _SUMMANDS[:, None]
+        minima = np.minimum(minima, scattered.min(axis=1))
+    folded = np.zeros(BANDS, np.uint64)
+    for column in minima.reshape(BANDS, MINIMA).T:
+        folded = _mixed(folded ^ column)
+    return (folded >> np.uint64(32)).astype(np.uint32)
+
+
+def _mixed(values: Hashes) -> Hashes:
+    """A one-to-one scrambling of 64 bits: the finaliser of SplitMix64."""
+    values = values + np.uint64(0x9E3779B97F4A7C15)
+    values = (values ^ values >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ values >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
+    return values ^ values >> np.uint64(31)
+
+
+_STREAM: Final = _mixed(np.arange(2 * BANDS * MINIMA, dtype=np.uint64))
+_FACTORS: Final = _STREAM[: BANDS * MINIMA] | np.uint64(1)
+_SUMMANDS: Final = _STREAM[BANDS * MINIMA :]
+
+
+def _spoken(row: Any) -> str:
+    """Everything that is said in a row, as text. Takes any form: what cannot be read has been counted elsewhere."""
+    if isinstance(row, Mapping):
+        row = row["text"] if "text" in row else row.get("messages")
+    if isinstance(row, str):
+        return row
+    texts = []
+    for message in row if isinstance(row, list | tuple) else ():
+        if isinstance(message, Mapping) and message.get("role") not in _SYSTEM_ROLES:
+            texts += [message.get(key) for key in ("reasoning_content", "content", "tool_calls")]
+    return "\n".join(text if isinstance(text, str) else json.dumps(text, default=str) for text in texts if text)
