@@ -16,7 +16,7 @@ from array import array
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any, Final, Literal, NamedTuple
+from typing import Any, Final, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -37,7 +37,8 @@ _AT_ONCE: Final = 4096  # shingles: 2.6 MB of products
 _SPLITS: Final[tuple[Split, Split]] = ("train", "test")
 
 
-class Pair(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Pair:
     """Row `row`, which says what the earlier row `of` says; similarity is 1.0 where they are equal."""
 
     row: int
@@ -50,12 +51,12 @@ class Pairs:
     """How many rows were found, and the first LISTED_PAIRS of them."""
 
     count: int = 0
-    pairs: list[Pair] = field(default_factory=list)
+    first: list[Pair] = field(default_factory=list)
 
     def add(self, pair: Pair) -> None:
         self.count += 1
-        if len(self.pairs) < LISTED_PAIRS:
-            self.pairs.append(pair)
+        if len(self.first) < LISTED_PAIRS:
+            self.first.append(pair)
 
 
 @dataclass(slots=True)

@@ -20,7 +20,9 @@ import mint
 from mint import types
 from mint.chat import Converter, Renderer, TrainOn, get_renderer
 from mint.data import Batches, ChatSet, Conversation, Cursor, load_chat_set
+from mint.data.certificate import MAX_LOSS, Certificate, model_facts
 from mint.errors import DataError, InputError
+from mint.recipes.data_certificate import accept, certify, checkpoint_metadata
 from mint.recipes.interrupt import StopOnCtrlC
 from mint.recipes.plots import plot_losses
 from mint.recipes.progress import TrainingProgress
@@ -43,6 +45,7 @@ class ChatSftConfig:
     max_length: tokens of a conversation; an answer that does not fit is left out and counted.
     eval_size: test rows of every evaluation, always the same ones. eval_every, save_every: steps between two; 0: only
     at the end (and, for evaluations, the beginning).
+    max_loss: the share of rows, or of answers, that may be lost; training is refused where it is more.
     check_resume: after saving, take one step more twice, with the run and with one resumed from the checkpoint, and
     compare the bits.
     """
@@ -61,6 +64,7 @@ class ChatSftConfig:
     train_unembed: bool = True
     max_length: int = 2048
     train_on: TrainOn | None = None
+    max_loss: float = MAX_LOSS
     eval_size: int = 32
     eval_every: int = 0
     save_every: int = 50
@@ -95,14 +99,21 @@ class Prepared:
     renderer: Renderer
     converter: Converter
     test_datums: list[types.Datum]
+    certificate: Certificate
 
 
 def chat_sft(
-    config: ChatSftConfig, out: Path, console: Console | None = None, *, resume: bool = False
+    config: ChatSftConfig,
+    out: Path,
+    console: Console | None = None,
+    *,
+    resume: bool = False,
+    data_changed: bool = False,
 ) -> dict[str, Any]:
     """Fine-tune, evaluate, plot, sample and save; results go to the folder `out`, and the summary is returned.
 
     resume: go on from the last checkpoint of the run in `out`, with its cursor, to `config.num_steps` in all.
+    data_changed: for a resumed run whose data is another than before, which is an error otherwise.
     Ctrl-C during training ends it after the step in progress; everything is saved and the summary's status is
     "interrupted". A second Ctrl-C is a KeyboardInterrupt.
     """
@@ -129,7 +140,8 @@ def chat_sft(
         folder.create(asdict(config))
         metrics = []
     prepared = prepare(config, chats, client, console)
-    renderer, test_datums = prepared.renderer, prepared.test_datums
+    renderer, test_datums, certificate = prepared.renderer, prepared.test_datums, prepared.certificate
+    accept(certificate, folder, resume=resume, data_changed=data_changed)
 
     # before
     if resume:
@@ -176,10 +188,10 @@ def chat_sft(
                 folder.append_metrics(metrics[-1])
                 progress.evaluated(metrics[-1])
             if config.save_every and step % config.save_every == 0:
-                summary |= {"checkpoint": save(client, step, batches.cursor), "step": step}
+                summary |= {"checkpoint": save(client, step, batches.cursor, certificate), "step": step}
                 folder.write_summary(summary)
     if summary.get("step") != step:
-        summary |= {"checkpoint": save(client, step, batches.cursor), "step": step}
+        summary |= {"checkpoint": save(client, step, batches.cursor, certificate), "step": step}
         folder.write_summary(summary)
 
     # after
@@ -242,7 +254,10 @@ def prepare(config: ChatSftConfig, chats: ChatSet, client: mint.TrainingClient, 
     test_datums = first_usable(chats.test, config.eval_size, testing)
     if testing.report.skipped:
         console.print(f"test rows skipped: {testing.report.skipped}", style="yellow")
-    return Prepared(chats, renderer, Converter(renderer, config.max_length, train_on), test_datums)
+    converter = Converter(renderer, config.max_length, train_on)
+    facts = model_facts(config.base_model, client.get_tokenizer())
+    certificate = certify(chats, converter, facts, config.max_loss, console)
+    return Prepared(chats, renderer, converter, test_datums, certificate)
 
 
 def first_usable(rows: Sequence[Conversation], count: int, converter: Converter) -> list[types.Datum]:
@@ -284,8 +299,8 @@ def sample_answers(client: mint.SamplingClient, renderer: Renderer, config: Chat
     return [renderer.parse_response(f.result().sequences[0].tokens).content.strip() for f in futures]
 
 
-def save(client: mint.TrainingClient, step: int, cursor: Cursor) -> str:
-    metadata = {"step": str(step), "data_cursor": cursor.to_json()}
+def save(client: mint.TrainingClient, step: int, cursor: Cursor, certificate: Certificate) -> str:
+    metadata = {"step": str(step), "data_cursor": cursor.to_json(), **checkpoint_metadata(certificate)}
     # a resumed run may come to a step that it has saved before
     return client.save_state(f"step-{step:06d}", overwrite=True, user_metadata=metadata).result().path
 
@@ -339,7 +354,8 @@ def report(console: Console, prepared: Prepared, summary: dict[str, Any], out: P
     console.print(f"speed:      {summary['tokens_per_second']:.0f} tokens/s")
     console.print(f"checkpoint: {summary['checkpoint']}", soft_wrap=True)
     console.print(
-        f"results:    {out}/ (loss.png, samples.md, metrics.jsonl, summary.json, config.json)", soft_wrap=True
+        f"results:    {out}/ (loss.png, samples.md, metrics.jsonl, summary.json, config.json, data_certificate.json)",
+        soft_wrap=True,
     )
     more = "" if summary["status"] == "interrupted" else f" --steps {2 * int(summary['step'])}"
     console.print(f"go on:      mint sft --resume {out}{more}", soft_wrap=True)

@@ -119,9 +119,9 @@ def test_candidates_are_the_rows_that_agree_in_a_band() -> None:
 def test_exact_duplicates_are_listed_with_the_earliest_equal_row() -> None:
     a, b, c = say("the first of the rows"), say("quite another one here"), say("the third thing said")
     found = find([a, b, a, a], [c, b, c, b])
-    assert found.train_exact.pairs == [Pair(2, 0, 1.0), Pair(3, 0, 1.0)] and found.train_exact.count == 2
-    assert found.overlap_exact.pairs == [Pair(1, 1, 1.0), Pair(3, 1, 1.0)]
-    assert found.test_exact.pairs == [Pair(2, 0, 1.0)]
+    assert found.train_exact.first == [Pair(2, 0, 1.0), Pair(3, 0, 1.0)] and found.train_exact.count == 2
+    assert found.overlap_exact.first == [Pair(1, 1, 1.0), Pair(3, 1, 1.0)]
+    assert found.test_exact.first == [Pair(2, 0, 1.0)]
     assert (found.train_near.count, found.test_near.count, found.overlap_near.count) == (0, 0, 0)
 
 
@@ -138,8 +138,8 @@ def test_near_duplicates_are_those_of_a_search_through_all_pairs() -> None:
     }
     found = find(rows)
     assert len(expected) > 50
-    assert found.train_near.count == len(expected) and {pair.row for pair in found.train_near.pairs} <= expected
-    for pair in found.train_near.pairs:
+    assert found.train_near.count == len(expected) and {pair.row for pair in found.train_near.first} <= expected
+    for pair in found.train_near.first:
         one, other = sets[pair.row], sets[pair.of]
         assert pair.of < pair.row and pair.similarity == round(len(one & other) / len(one | other), 4)
 
@@ -154,7 +154,7 @@ def test_a_test_row_near_a_training_row_is_overlap() -> None:
         say(changed(texts[1], 2, source)),
     ]
     found = find(train, test)
-    assert [(pair.row, pair.of) for pair in found.overlap_near.pairs] == [(0, 1), (2, 1)]
+    assert [(pair.row, pair.of) for pair in found.overlap_near.first] == [(0, 1), (2, 1)]
     assert (found.test_near.count, found.train_near.count, found.overlap_exact.count) == (0, 0, 0)
 
 
@@ -162,7 +162,7 @@ def test_lists_are_bounded_and_so_are_comparisons(monkeypatch: pytest.MonkeyPatc
     text = " ".join(WORDS[:300])
     rows = [say(f"{text} {WORDS[300 + number]}") for number in range(140)]
     found = find([*rows, *rows])
-    assert found.train_exact.count == 140 and len(found.train_exact.pairs) == duplicates.LISTED_PAIRS
+    assert found.train_exact.count == 140 and len(found.train_exact.first) == duplicates.LISTED_PAIRS
     assert found.train_near.count == 139 and found.uncompared == 0
     monkeypatch.setattr(duplicates, "MAX_COMPARISONS", 50)
     found = find(rows)
