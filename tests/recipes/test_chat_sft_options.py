@@ -36,7 +36,7 @@ def chats(tmp_path_factory):
 def config(tiny_model, chats):
     return ChatSftConfig(
         base_model=tiny_model, dataset=chats, num_steps=6, batch_size=3, rank=4, max_length=128, learning_rate=1e-2,
-        eval_size=2, eval_every=2, save_every=4, prompts=("Name 1?",), sample_tokens=8,
+        eval_size=2, eval_every=2, save_every=4, prompts=("Name 1?",), sample_tokens=8, max_loss=0.04,
     )  # fmt: skip
 
 
@@ -70,7 +70,7 @@ def test_the_run_folder_holds_what_was_asked_for_and_what_came_of_it(config, tmp
     out, console = tmp_path / "out", quiet()
     summary = chat_sft(config, out, console)
     assert {path.name for path in out.iterdir()} == {
-        "config.json", "metrics.jsonl", "loss.png", "samples.md", "summary.json"
+        "config.json", "metrics.jsonl", "loss.png", "samples.md", "summary.json", "data_certificate.json"
     }  # fmt: skip
     assert load_config(out) == config
     assert json.loads((out / "summary.json").read_text()) == summary

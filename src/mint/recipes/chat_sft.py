@@ -20,7 +20,7 @@ import mint
 from mint import types
 from mint.chat import Converter, Renderer, TrainOn, get_renderer
 from mint.data import Batches, ChatSet, Conversation, Cursor, load_chat_set
-from mint.data.certificate import MAX_LOSS, Certificate, model_facts
+from mint.data.certificate import MAX_LOSS, Certificate
 from mint.errors import DataError, InputError
 from mint.recipes.data_certificate import accept, certify, checkpoint_metadata
 from mint.recipes.interrupt import StopOnCtrlC
@@ -103,13 +103,9 @@ class Prepared:
 
 
 def chat_sft(
-    config: ChatSftConfig,
-    out: Path,
-    console: Console | None = None,
-    *,
-    resume: bool = False,
-    data_changed: bool = False,
-) -> dict[str, Any]:
+    config: ChatSftConfig, out: Path, console: Console | None = None,
+    *, resume: bool = False, data_changed: bool = False,
+) -> dict[str, Any]:  # fmt: skip
     """Fine-tune, evaluate, plot, sample and save; results go to the folder `out`, and the summary is returned.
 
     resume: go on from the last checkpoint of the run in `out`, with its cursor, to `config.num_steps` in all.
@@ -255,8 +251,7 @@ def prepare(config: ChatSftConfig, chats: ChatSet, client: mint.TrainingClient, 
     if testing.report.skipped:
         console.print(f"test rows skipped: {testing.report.skipped}", style="yellow")
     converter = Converter(renderer, config.max_length, train_on)
-    facts = model_facts(config.base_model, client.get_tokenizer())
-    certificate = certify(chats, converter, facts, config.max_loss, console)
+    certificate = certify(chats, converter, config.base_model, client.get_tokenizer(), config.max_loss, console)
     return Prepared(chats, renderer, converter, test_datums, certificate)
 
 

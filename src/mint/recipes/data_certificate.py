@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -11,8 +12,8 @@ import mint
 from mint.chat import Converter
 from mint.data.certificate import (
     Certificate,
-    ModelFacts,
     compact_line,
+    model_facts,
     notes,
     problems,
     require_acceptable,
@@ -43,10 +44,13 @@ def run_check(check: DataCheck, console: Console, stop: StopOnCtrlC | None = Non
     return check.certificate()
 
 
-def certify(chats: ChatSet, converter: Converter, model: ModelFacts, max_loss: float, console: Console) -> Certificate:
+def certify(
+    chats: ChatSet, converter: Converter, model: str, tokenizer: Any, max_loss: float, console: Console
+) -> Certificate:
     """The certificate of a set that is to be trained on; says what is to be said about it. Counts nothing in `converter`."""
+    facts = model_facts(model, tokenizer)
     check = DataCheck(
-        chats, converter, model, mint_version=mint.__version__, limit=FULLY_CHECKED_ROWS, max_loss=max_loss
+        chats, converter, facts, mint_version=mint.__version__, limit=FULLY_CHECKED_ROWS, max_loss=max_loss
     )
     certificate = run_check(check, console)
     console.print(f"data check: {compact_line(certificate.compact())}", highlight=False, markup=False, soft_wrap=True)
