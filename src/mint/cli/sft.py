@@ -24,7 +24,6 @@ OFFLINE: dict[str, Any] = {
     "num_steps": 30,
     "batch_size": 8,
     "learning_rate": 5e-4,
-    "max_length": 1024,
     "check_resume": True,
 }
 TULU3_STEPS = 100

@@ -19,6 +19,7 @@ from mint.errors import DataError
 SCHEMA_VERSION: Final = 1
 LISTED_ROWS: Final = 100
 MAX_LOSS: Final = 0.01
+METADATA_KEY: Final = "data_certificate"  # of a checkpoint's user_metadata; the compact form as JSON text
 UNUSUAL_TRAINED_SHARE: Final = (0.05, 0.95)  # outside of it a note says so
 _NAME_CHARACTERS: Final = 300  # of a name in the compact form
 
@@ -63,6 +64,8 @@ class SplitCertificate:
 
     rows_in_set: all there are; rows: those looked at. used_rows: those that give at least one of the examples.
     turns: answers that should be trained, of rows that could be read; dropped_turns: those too long to be trained.
+        Both, lengths and cut_tokens are of dropped rows, too, where only their length is against them; what follows
+        below them is of used rows.
     tokens: that the model reads; trained_tokens: those of its targets that have a weight.
     truncated: rows of which an answer or its history was cut; shortened_turns: the answers it happened to.
     cut_tokens: tokens that were cut off or left out to keep to the length.

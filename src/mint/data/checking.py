@@ -92,25 +92,29 @@ class _SplitCounter:
         found = self._found
         found.rows += 1
         if outcome.conversion is not None:
-            self._take_conversion(outcome.number, outcome.conversion)
-        if outcome.error is None:
-            found.used_rows += 1
-        else:
+            self._count_turns(outcome.conversion)
+        if outcome.error is not None:
             _drop(found, outcome.number, outcome.error)
+        elif outcome.conversion is not None:
+            found.used_rows += 1
+            self._count_examples(outcome.number, outcome.conversion)
 
     def finish(self) -> SplitCertificate:
         self._found.lengths = _percentiles(self._lengths)
         self._found.rendered_sha256 = self._rendered.hexdigest()
         return self._found
 
-    def _take_conversion(self, number: int, conversion: Conversion) -> None:
+    def _count_turns(self, conversion: Conversion) -> None:
         found = self._found
         found.turns += conversion.turns
         found.dropped_turns += conversion.dropped_turns
         found.shortened_turns += conversion.shortened_turns
         found.cut_tokens += conversion.cut_tokens
-        found.trailing_messages += conversion.trailing_messages
         self._lengths.append(conversion.length)
+
+    def _count_examples(self, number: int, conversion: Conversion) -> None:
+        found = self._found
+        found.trailing_messages += conversion.trailing_messages
         for example in conversion.examples:
             found.examples += 1
             found.tokens += len(example.tokens) - 1

@@ -11,6 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 import mint
 from mint.chat import Converter
 from mint.data.certificate import (
+    METADATA_KEY,
     Certificate,
     compact_line,
     model_facts,
@@ -25,7 +26,6 @@ from mint.recipes.interrupt import StopOnCtrlC
 from mint.recipes.run_folder import CERTIFICATE, RunFolder
 
 FULLY_CHECKED_ROWS = 20_000  # of larger sets so many evenly spaced rows are looked at
-METADATA_KEY = "data_certificate"
 
 
 def run_check(check: DataCheck, console: Console, stop: StopOnCtrlC | None = None) -> Certificate:
