@@ -3,12 +3,14 @@
 import io
 import json
 import signal
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 
 from mint.data import Cursor
-from mint.errors import InputError
+from mint.errors import DataError, InputError
 from mint.recipes import chat_sft as recipe
 from mint.recipes.chat_sft import ChatSftConfig, chat_sft, dry_run, load_config
 from mint.recipes.interrupt import StopOnCtrlC
@@ -165,6 +167,65 @@ def test_earlier_results_are_not_written_over(config, tmp_path):
     (out / "summary.json").unlink()
     with pytest.raises(InputError, match=r"holds no summary.json: it is not the folder of a run that saved something"):
         chat_sft(config, out, quiet(), resume=True)
+
+
+def test_the_certificate_of_the_data_is_kept_in_the_folder_and_in_every_checkpoint(config, tmp_path):
+    import mint
+
+    console = quiet()
+    summary = chat_sft(config, tmp_path / "out", console)
+    written = json.loads((tmp_path / "out" / "data_certificate.json").read_text())
+    assert written["dataset"] == config.dataset and written["model"]["name"] == config.base_model
+    assert (written["train"]["rows"] + written["test"]["rows"], written["is_sample"]) == (30, False)
+    reasons = [reason for part in ("train", "test") for reason in written[part]["dropped"]]
+    assert reasons == ["no_assistant"]
+    assert f"data check: ok: {config.dataset}, " in console.file.getvalue()
+    service = mint.ServiceClient()
+    with service:
+        info = service.create_rest_client().get_weights_info_by_tinker_path(summary["checkpoint"]).result()
+    kept = json.loads(info.user_metadata["data_certificate"])
+    assert kept["train"]["rendered_sha256"] == written["train"]["rendered_sha256"]
+    assert kept["test"]["rendered_sha256"] == written["test"]["rendered_sha256"]
+    assert len(info.user_metadata["data_certificate"]) < 2048
+
+
+def test_training_is_refused_where_too_much_would_be_lost(config, tmp_path):
+    out = tmp_path / "out"
+    expected = rf"{config.dataset}: 3\.\d\d% of the rows would be lost, allowed are 1\.00%\. mend or remove the rows dropped as "
+    with pytest.raises(DataError, match=rf"{expected}no_assistant; .*All of it: {out / 'data_certificate.json'}"):
+        chat_sft(replace(config, max_loss=0.01), out, quiet())
+    assert json.loads((out / "data_certificate.json").read_text())["verdict"] == "refused"
+    assert metrics(out) == []
+    assert chat_sft(config, out, quiet())["status"] == "finished"  # nothing was saved, so the folder is free
+
+
+def test_a_resumed_run_goes_on_with_the_same_data_or_with_data_declared_to_be_other(config, tmp_path, chats):
+    own = tmp_path / "chats.jsonl"
+    lines = Path(chats).read_text().splitlines(keepends=True)
+    own.write_text("".join(lines))
+    out = tmp_path / "out"
+    chat_sft(replace(config, dataset=str(own)), out, quiet())
+    before = json.loads((out / "data_certificate.json").read_text())
+    own.write_text("".join([*lines[:-1], lines[-1].replace("of course", "naturally")]))
+    more = load_config(out, num_steps=7)
+    expected = rf"{own}: the \w+ rows render to other tokens than when this run began \(\w{{12}}, now \w{{12}}\)"
+    with pytest.raises(DataError, match=expected):
+        chat_sft(more, out, quiet(), resume=True)
+    assert json.loads((out / "data_certificate.json").read_text()) == before
+    assert chat_sft(more, out, quiet(), resume=True, data_changed=True)["step"] == 7
+    after = json.loads((out / "data_certificate.json").read_text())
+    changed = [part for part in ("train", "test") if after[part]["rendered_sha256"] != before[part]["rendered_sha256"]]
+    assert len(changed) == 1
+    assert chat_sft(load_config(out, num_steps=8), out, quiet(), resume=True)["step"] == 8
+
+
+def test_of_a_large_set_a_sample_is_checked_and_says_so(config, tmp_path, monkeypatch):
+    monkeypatch.setattr("mint.recipes.data_certificate.FULLY_CHECKED_ROWS", 9)
+    console = quiet()
+    chat_sft(replace(config, max_loss=0.2), tmp_path / "out", console)
+    written = json.loads((tmp_path / "out" / "data_certificate.json").read_text())
+    assert written["is_sample"] and (written["train"]["rows"], written["train"]["rows_in_set"]) == (9, 27)
+    assert "of 9 training rows, a sample, " in console.file.getvalue()
 
 
 def test_a_dry_run_plans_without_saving(config, tmp_path, mint_home):

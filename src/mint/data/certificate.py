@@ -64,8 +64,6 @@ class SplitCertificate:
 
     rows_in_set: all there are; rows: those looked at. used_rows: those that give at least one of the examples.
     turns: answers that should be trained, of rows that could be read; dropped_turns: those too long to be trained.
-        Both, lengths and cut_tokens are of dropped rows, too, where only their length is against them; what follows
-        below them is of used rows.
     tokens: that the model reads; trained_tokens: those of its targets that have a weight.
     truncated: rows of which an answer or its history was cut; shortened_turns: the answers it happened to.
     cut_tokens: tokens that were cut off or left out to keep to the length.
@@ -75,6 +73,9 @@ class SplitCertificate:
     injected_system: system texts that the template adds, with the number of rows; of further texts only how many rows.
     trailing_messages: messages after the last answer, which are left out.
     rendered_sha256: of all ids and weights in the order of the rows, see `rendered_hash`.
+
+    Rows that are dropped only for their length count in turns, dropped_turns, cut_tokens and lengths; all else is of
+    used rows.
     """
 
     rows_in_set: int
