@@ -228,6 +228,23 @@ def test_of_a_large_set_a_sample_is_checked_and_says_so(config, tmp_path, monkey
     assert "of 9 training rows, a sample, " in console.file.getvalue()
 
 
+def test_the_bar_of_a_check_counts_its_rows(chats, tiny_model):
+    from mint.chat import Converter
+    from mint.data import load_chat_set
+    from mint.data.certificate import model_facts
+    from mint.data.checking import DataCheck
+    from mint.hub import load_tokenizer
+    from mint.recipes.data_certificate import run_check
+
+    tokenizer = load_tokenizer(tiny_model)
+    converter, facts = Converter(tokenizer, 128), model_facts("m", tokenizer)
+    terminal = Console(file=io.StringIO(), width=200, force_terminal=True, color_system=None)
+    found = run_check(DataCheck(load_chat_set(chats), converter, facts, mint_version="1"), terminal)
+    assert (found.train.rows, found.test.rows, found.is_interrupted) == (27, 3, False)
+    assert "data check, row 20/30 " in terminal.file.getvalue() and " rows/s left " in terminal.file.getvalue()
+    assert converter.report.rows == 0  # those of training are counted when they are trained on
+
+
 def test_a_dry_run_plans_without_saving(config, tmp_path, mint_home):
     plan = dry_run(config, quiet())
     assert plan["steps"] == 6 and plan["epochs"] == round(6 / (27 // 3), 2)

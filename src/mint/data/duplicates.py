@@ -96,10 +96,10 @@ class DuplicateFinder:
     def find(self, row_at: Callable[[Split, int], Any]) -> Duplicates:
         """row_at(split, number) reads a row again, for the comparison in full."""
         found = Duplicates()
-        digests = np.array(self._digests, dtype=np.uint64)
+        digests = np.frombuffer(self._digests, np.uint64)
         self._find_exact(digests, found)
         first_of_its_kind = np.sort(np.unique(digests, return_index=True)[1])
-        bands = np.array(self._bands, dtype=np.uint32).reshape(-1, BANDS)
+        bands = np.frombuffer(self._bands, np.uint32).reshape(-1, BANDS)
 
         @lru_cache(maxsize=64)
         def shingles_at(index: int) -> Hashes:

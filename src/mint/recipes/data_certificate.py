@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from typing import Any
 
 from rich.console import Console
@@ -25,6 +26,7 @@ from mint.data.checking import DataCheck
 from mint.recipes.interrupt import StopOnCtrlC
 from mint.recipes.run_folder import CERTIFICATE, RunFolder
 
+_ROWS_AN_UPDATE = 20  # of the bar
 FULLY_CHECKED_ROWS = 20_000  # of larger sets so many evenly spaced rows are looked at
 
 
@@ -36,9 +38,11 @@ def run_check(check: DataCheck, console: Console, stop: StopOnCtrlC | None = Non
     )  # fmt: skip
     with bar:
         task = bar.add_task("check", total=check.total_rows, speed="")
-        for _ in check.steps():
-            speed = bar.tasks[task].speed
-            bar.update(task, advance=1, speed=f"{speed:,.0f} rows/s" if speed else "")
+        started = time.perf_counter()
+        for rows, _ in enumerate(check.steps(), 1):
+            if rows % _ROWS_AN_UPDATE == 0:
+                speed = rows / (time.perf_counter() - started)
+                bar.update(task, completed=rows, speed=f"{speed:,.0f} rows/s")
             if stop is not None and stop.requested:
                 break
     return check.certificate()
