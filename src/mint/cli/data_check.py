@@ -39,7 +39,7 @@ def check(
         str, typer.Option(metavar="N|auto", help="Tokens of a conversation; auto proposes a length and uses it.")
     ] = "2048",
     train_on: Annotated[
-        Literal["all_assistant", "last_assistant"] | None,
+        Literal["all_assistant", "last_assistant", "all"] | None,
         typer.Option(help="Which answers are trained.", show_default="the dataset's own"),
     ] = None,
     on_overlong: Annotated[

@@ -10,7 +10,7 @@ from typing import Any, Final
 import numpy as np
 
 from mint.chat import Converter, Renderer, TrainOn, skip_reason
-from mint.chat.datums import Conversion
+from mint.chat.examples import Conversion
 from mint.chat.report import RowOutcome
 from mint.data.certificate import MAX_LOSS, Certificate, DroppedRows, Lengths, ModelFacts, SplitCertificate
 from mint.data.chat_sets import ChatSet
@@ -118,7 +118,7 @@ class _SplitCounter:
         for example in conversion.examples:
             found.examples += 1
             found.tokens += len(example.tokens) - 1
-            found.trained_tokens += sum(weight != 0 for weight in example.weights[1:])
+            found.trained_tokens += int(np.count_nonzero(example.weights[1:]))
             self._rendered.add_example(example.tokens, example.weights)
         for rows, applies in (
             (found.truncated, conversion.shortened_turns > 0),

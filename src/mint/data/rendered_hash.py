@@ -24,10 +24,10 @@ class RenderedHash:
             np.array(datum.model_input.to_ints()), inputs["target_tokens"].to_numpy(), inputs["weights"].to_numpy()
         )
 
-    def add_example(self, tokens: Sequence[int], weights: Sequence[float]) -> None:
+    def add_example(self, tokens: Sequence[int], weights: npt.NDArray[np.float32]) -> None:
         """An example before the shift to next tokens, as `mint.chat` makes it; as its datum."""
         ids = np.array(tokens)
-        self._add(ids[:-1], ids[1:], np.array(weights[1:]))
+        self._add(ids[:-1], ids[1:], weights[1:])
 
     def hexdigest(self) -> str:
         return self._sha.hexdigest()
