@@ -82,7 +82,7 @@ class ConversionReport:
         """Count one converted row."""
         self.datums += len(datums)
         self.tokens += sum(datum.model_input.length for datum in datums)
-        self.trained_tokens += sum(int(np.count_nonzero(example.weights)) for example in conversion.examples)
+        self.trained_tokens += sum(int(np.count_nonzero(example.weights[1:])) for example in conversion.examples)
         self.truncated_rows += conversion.shortened_turns > 0
         self.dropped_turns += conversion.dropped_turns
         self.trailing_messages += conversion.trailing_messages

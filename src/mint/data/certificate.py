@@ -230,7 +230,7 @@ def notes(certificate: Certificate) -> list[str]:
     if date is not None:
         found.append(f"the template writes a date; it is frozen to {date!r}")
     if any(part.injected_system for part in parts.values()):
-        found.append("the template adds a system text that is not in the data")
+        found.append("the template adds text that is not in the data")
     found += [
         _per_part(parts, "split", "rows became one example per answer, since the template rewrites earlier turns")
     ]

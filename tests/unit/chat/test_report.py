@@ -99,6 +99,11 @@ def test_the_report_lists_the_first_hundred_numbers_of_a_reason(smollm2: Any) ->
     assert report.skipped_rows == {"not_a_conversation": list(range(100))}
 
 
+def test_the_first_token_of_a_plain_text_is_no_target(smollm2: Any) -> None:
+    datums, report = convert_conversations([{"text": "As it stands."}], smollm2, MAX)
+    assert report.trained_tokens == report.tokens == datums[0].model_input.length > 1
+
+
 def test_a_row_is_counted_once_however_often_it_comes(smollm2: Any) -> None:
     converter = Converter(smollm2, MAX)
     for number, row in [*enumerate(ROWS), *enumerate(ROWS)]:

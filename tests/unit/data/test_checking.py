@@ -104,7 +104,7 @@ def test_a_template_that_rewrites_history_is_named_with_what_was_done() -> None:
 def test_dates_and_system_texts_of_the_template_are_told() -> None:
     notes = certify([HELLO], [HELLO], "llama3_2").to_json()["notes"]
     assert "the template writes a date; it is frozen to '26 Jul 2024'" in notes
-    assert "the template adds a system text that is not in the data" in notes
+    assert "the template adds text that is not in the data" in notes
     found = certify([HELLO, chat("own", "system", system="S")], [])
     assert found.train.injected_system == {FAMILIES["smollm2"].default_system: 1}
 
