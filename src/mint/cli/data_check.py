@@ -184,7 +184,7 @@ def _lines(found: Certificate) -> list[tuple[str, str, str]]:
         *(line(f"dropped: {reason}", lambda part, reason=reason: _dropped(part, reason)) for reason in reasons),
         line("answers too long", lambda part: _count(part.dropped_turns)),
         line("answers", lambda part: _count(part.turns)),
-        line("examples", lambda part: _count(part.examples)),
+        line("examples", lambda part: _count(part.examples) if part.examples != part.used_rows else ""),
         line("tokens", lambda part: f"{part.tokens:,}"),
         line("trained tokens", lambda part: f"{part.trained_tokens:,} ({part.trained_share:.1%})" if part.tokens else ""),
         line("length 50/90/95/99 %", _lengths),
@@ -231,5 +231,5 @@ def _lengths(part: SplitCertificate) -> str:
 
 def _system_texts(part: SplitCertificate) -> str:
     rows = sum(part.injected_system.values()) + part.further_injected_system
-    texts = [f"{text[:40]!r}" + ("..." if len(text) > 40 else "") for text in part.injected_system]
+    texts = [f"{text[:24]!r}" + ("..." if len(text) > 24 else "") for text in part.injected_system]
     return f"{rows:,} x {texts[0]}" + (f" and {len(texts) - 1} more" if len(texts) > 1 else "") if rows else ""
