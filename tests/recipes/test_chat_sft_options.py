@@ -189,14 +189,18 @@ def test_the_certificate_of_the_data_is_kept_in_the_folder_and_in_every_checkpoi
     assert len(info.user_metadata["data_certificate"]) < 2048
 
 
-def test_training_is_refused_where_too_much_would_be_lost(config, tmp_path):
+def test_training_is_refused_where_too_much_would_be_lost(config, tmp_path, chats):
     out = tmp_path / "out"
     expected = rf"{config.dataset}: 3\.\d\d% of the rows would be lost, allowed are 1\.00%\. mend or remove the rows dropped as "
     with pytest.raises(DataError, match=rf"{expected}no_assistant; .*All of it: {out / 'data_certificate.json'}"):
         chat_sft(replace(config, max_loss=0.01), out, quiet())
     assert json.loads((out / "data_certificate.json").read_text())["verdict"] == "refused"
     assert metrics(out) == []
-    assert chat_sft(config, out, quiet())["status"] == "finished"  # nothing was saved, so the folder is free
+    mended = tmp_path / "mended.jsonl"
+    mended.write_text("".join(line for line in Path(chats).open() if "no answer" not in line))
+    again = replace(config, dataset=str(mended), max_loss=0.01)
+    assert chat_sft(again, out, quiet())["status"] == "finished"  # nothing was saved, so the folder is free
+    assert json.loads((out / "data_certificate.json").read_text())["verdict"] == "ok"
 
 
 def test_a_resumed_run_goes_on_with_the_same_data_or_with_data_declared_to_be_other(config, tmp_path, chats):

@@ -258,13 +258,17 @@ def require_acceptable(certificate: Certificate, where: str) -> None:
 
 def require_same_data(before: dict[str, Any], now: Certificate) -> None:
     """Raises DataError where the data renders to other tokens than in an earlier certificate (its JSON, of any form)."""
-    parts = {"train": now.train, "test": now.test}
-    changed = [name for name, part in parts.items() if before[name]["rendered_sha256"] != part.rendered_sha256]
+    hashes = {
+        name: (before.get(name, {}).get("rendered_sha256"), getattr(now, name).rendered_sha256)
+        for name in ("train", "test")
+    }
+    changed = [name for name, (then, today) in hashes.items() if then != today]
     if changed:
+        then, today = hashes[changed[0]]
         raise DataError(
             f"data set {now.dataset}: the {' and '.join(changed)} rows render to other tokens than when this run began "
-            f"({before[changed[0]]['rendered_sha256'][:12]}, now {parts[changed[0]].rendered_sha256[:12]}). The data, the "
-            "tokenizer or MinT has changed; bring back what was, or declare it with --data-changed"
+            f"({str(then)[:12]}, now {today[:12]}). The data, the tokenizer or MinT has changed; bring back what was, or "
+            "declare it with --data-changed"
         )
 
 

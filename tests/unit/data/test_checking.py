@@ -65,6 +65,14 @@ def test_counts_are_those_of_the_conversion() -> None:
     )
 
 
+def test_plain_text_is_counted_by_its_targets() -> None:
+    rows = [{"text": "As it stands."}, {"text": "And nothing else."}]
+    datums, report = convert_conversations(rows, tokenizer_of("smollm2"), MAX)
+    part = certify(rows, []).train
+    assert (part.tokens, part.trained_tokens) == (report.tokens, report.tokens)
+    assert part.rendered_sha256 == rendered_hash(datums)
+
+
 def test_lengths_are_uncut_and_their_percentiles_are_rows_of_the_set() -> None:
     rows = load_demo()[0][:100]
     uncut = [
