@@ -197,7 +197,9 @@ def test_training_is_refused_where_too_much_would_be_lost(config, tmp_path, chat
     assert json.loads((out / "data_certificate.json").read_text())["verdict"] == "refused"
     assert metrics(out) == []
     mended = tmp_path / "mended.jsonl"
-    mended.write_text("".join(line for line in Path(chats).open() if "no answer" not in line))
+    mended.write_text(
+        "".join(line for line in Path(chats).read_text().splitlines(keepends=True) if "no answer" not in line)
+    )
     again = replace(config, dataset=str(mended), max_loss=0.01)
     assert chat_sft(again, out, quiet())["status"] == "finished"  # nothing was saved, so the folder is free
     assert json.loads((out / "data_certificate.json").read_text())["verdict"] == "ok"
