@@ -12,8 +12,11 @@ from mint import types
 
 
 class RenderedHash:
-    """SHA-256 over datums in order. Of each: the number of its input tokens, the input ids and the target ids as int64,
-    the weights as float32, all little endian."""
+    """SHA-256 over the tokens and loss weights of datums for `cross_entropy`, fed one by one in their order.
+
+    Of each datum, all little endian: its number of input tokens (int64), input ids (int64), target ids (int64), weights
+    (float32). So it changes with the rows, their order, the chat template, the tokenizer and what is trained.
+    """
 
     def __init__(self) -> None:
         self._sha = hashlib.sha256()
@@ -42,7 +45,7 @@ class RenderedHash:
 
 
 def rendered_hash(datums: Iterable[types.Datum]) -> str:
-    """The hash of `datums` (with target_tokens and weights) in their order, as 64 hexadecimal digits."""
+    """The `RenderedHash` of datums as 64 hexadecimal digits."""
     rendered = RenderedHash()
     for datum in datums:
         rendered.add_datum(datum)
