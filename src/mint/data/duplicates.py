@@ -13,10 +13,10 @@ import json
 import re
 import zlib
 from array import array
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
-from typing import Any, Final, Literal
+from tempfile import SpooledTemporaryFile
+from typing import IO, Any, Final, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -33,6 +33,7 @@ MAX_COMPARISONS: Final = 200_000
 # scripts without spaces between words: every character is taken for one
 _WORD: Final = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]|[^\W\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]+")
 _SYSTEM_ROLES: Final = ("system", "developer")
+_IN_MEMORY: Final = 8 * 2**20  # bytes of shingles; beyond they are in a temporary file
 _AT_ONCE: Final = 4096  # shingles: 2.6 MB of products
 _SPLITS: Final[tuple[Split, Split]] = ("train", "test")
 
@@ -94,66 +95,84 @@ class DuplicateFinder:
         self._bands.frombytes(band_hashes(shingles(row)).tobytes())
 
     def find(self, row_at: Callable[[Split, int], Any]) -> Duplicates:
-        """row_at(split, number) reads a row again, for the comparison in full."""
+        """row_at(split, number) reads a row again, for the comparison in full: each at most once, and in their order."""
         found = Duplicates()
         digests = np.frombuffer(self._digests, np.uint64)
         self._find_exact(digests, found)
         first_of_its_kind = np.sort(np.unique(digests, return_index=True)[1])
-        bands = np.frombuffer(self._bands, np.uint32).reshape(-1, BANDS)
-
-        @lru_cache(maxsize=64)
-        def shingles_at(index: int) -> Hashes:
-            split, number = self._place(index)
-            return shingles(row_at(split, number))
-
-        done = -1
-        for comparisons, (row, of) in enumerate(candidates(bands, first_of_its_kind)):
-            if comparisons >= MAX_COMPARISONS:
-                found.uncompared += row != done
-                continue
-            if row == done:
-                continue
-            similarity = jaccard(shingles_at(row), shingles_at(of))
-            if similarity >= NEAR:
-                done = row
-                self._list(found, "near", row, of, similarity)
+        pairs = candidates(np.frombuffer(self._bands, np.uint32).reshape(-1, BANDS), first_of_its_kind)
+        comparisons = 0
+        with SpooledTemporaryFile(max_size=_IN_MEMORY) as file:
+            kept = _KeptShingles(file, np.unique(pairs[:, 1]))
+            for index in np.unique(pairs):
+                said = shingles(row_at(*self._place(index)))
+                first, end = np.searchsorted(pairs[:, 0], (index, index + 1))
+                for of in pairs[first:end, 1]:
+                    if comparisons == MAX_COMPARISONS:
+                        found.uncompared += 1
+                        continue
+                    comparisons += 1
+                    similarity = jaccard(said, kept.read(of))
+                    if similarity >= NEAR:
+                        self._list(found, "near", index, of, similarity)
+                        break
+                kept.write(index, said)
         return found
 
     def _find_exact(self, digests: Hashes, found: Duplicates) -> None:
         _, first, inverse = np.unique(digests, return_index=True, return_inverse=True)
         first_anywhere = first[inverse]
         for row in np.flatnonzero(first_anywhere < np.arange(len(digests))):
-            of = int(first_anywhere[row])
-            self._list(found, "exact", int(row), of, 1.0)
+            self._list(found, "exact", row, first_anywhere[row], 1.0)
 
-    def _list(self, found: Duplicates, kind: str, row: int, of: int, similarity: float) -> None:
+    def _list(self, found: Duplicates, kind: str, row: np.int64, of: np.int64, similarity: float) -> None:
         (split, number), (other, of_number) = self._place(row), self._place(of)
         pairs: Pairs = getattr(found, f"{split if split == other else 'overlap'}_{kind}")
         pairs.add(Pair(number, of_number, round(similarity, 4)))
 
-    def _place(self, index: int) -> tuple[Split, int]:
-        return _SPLITS[index >= self._num_train], self._numbers[index]
+    def _place(self, index: np.int64) -> tuple[Split, int]:
+        return _SPLITS[int(index >= self._num_train)], self._numbers[index]
 
 
-def candidates(bands: npt.NDArray[np.uint32], chosen: Indices) -> Iterator[tuple[int, int]]:
-    """Pairs (row, earlier row) of `chosen` rows that agree in a band, by row, the earliest partner first.
+class _KeptShingles:
+    """Shingles of chosen rows in a file, written in the order of the rows."""
+
+    def __init__(self, file: IO[bytes], chosen: Indices) -> None:
+        """chosen: sorted."""
+        self._file, self._chosen, self._ends = file, chosen, np.zeros(len(chosen) + 1, np.int64)
+
+    def write(self, index: np.int64, hashes: Hashes) -> None:
+        """Does nothing for a row that is not chosen."""
+        place = np.searchsorted(self._chosen, index)
+        if place < len(self._chosen) and self._chosen[place] == index:
+            self._file.seek(self._ends[place])
+            self._ends[place + 1] = self._ends[place] + self._file.write(hashes.tobytes())
+
+    def read(self, index: np.int64) -> Hashes:
+        place = np.searchsorted(self._chosen, index)
+        start, end = self._ends[place : place + 2]
+        self._file.seek(start)
+        return np.frombuffer(self._file.read(end - start), np.uint64)
+
+
+def candidates(bands: npt.NDArray[np.uint32], chosen: Indices) -> Indices:
+    """Pairs of `chosen` rows that agree in a band: [pairs, 2] of row and earlier row, sorted.
 
     bands: [rows, BANDS]. Of many rows that agree, each is paired with the first and with the one before it, so that
-    n equal rows give n pairs and not n * n.
+    n equal rows give no more than 2 n pairs, and not n * n.
     """
-    codes = np.empty(0, np.uint64)
+    codes = np.empty(0, np.int64)  # row * 2^32 + earlier row
     for band in range(BANDS):
         values = bands[chosen, band]
         order = np.argsort(values, kind="stable")  # rows of one value stay in their order
-        values, rows = values[order], chosen[order].astype(np.uint64)
+        values, rows = values[order], chosen[order]
         agrees = np.flatnonzero(values[1:] == values[:-1]) + 1
         begins = np.ones(len(values), dtype=bool)
         begins[agrees] = False
         first = np.maximum.accumulate(np.where(begins, np.arange(len(values)), 0))
-        pairs = [rows[agrees] << np.uint64(32) | rows[earlier] for earlier in (first[agrees], agrees - 1)]
+        pairs = [rows[agrees] << 32 | rows[earlier] for earlier in (first[agrees], agrees - 1)]
         codes = np.unique(np.concatenate([codes, *pairs]))
-    for code in codes:
-        yield int(code) >> 32, int(code) & 0xFFFFFFFF
+    return np.stack([codes >> 32, codes & 0xFFFFFFFF], axis=1)
 
 
 def jaccard(one: Hashes, other: Hashes) -> float:

@@ -113,7 +113,7 @@ def test_candidates_are_the_rows_that_agree_in_a_band() -> None:
     bands[[0, 3], 5] = 9
     bands[[2, 5], 0] = 3  # of which 2 is not chosen
     chosen = np.array([0, 1, 3, 4, 5])
-    assert list(candidates(bands, chosen)) == [(3, 0), (3, 1), (4, 1), (4, 3)]
+    assert candidates(bands, chosen).tolist() == [[3, 0], [3, 1], [4, 1], [4, 3]]
 
 
 def test_exact_duplicates_are_listed_with_the_earliest_equal_row() -> None:
@@ -156,6 +156,21 @@ def test_a_test_row_near_a_training_row_is_overlap() -> None:
     found = find(train, test)
     assert [(pair.row, pair.of) for pair in found.overlap_near.first] == [(0, 1), (2, 1)]
     assert (found.test_near.count, found.train_near.count, found.overlap_exact.count) == (0, 0, 0)
+
+
+def test_rows_are_read_again_in_their_order_and_once_also_through_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(duplicates, "_IN_MEMORY", 1_000)
+    source = random.Random(5)
+    texts = [" ".join(source.choices(WORDS, k=100)) for _ in range(20)]
+    sides = {"train": [say(text) for text in texts], "test": [say(changed(text, 1, source)) for text in texts[::-1]]}
+    sides["train"].append(say("something of its own"))
+    finder, read = DuplicateFinder(), []
+    for side, rows in sides.items():
+        for number, row in enumerate(rows):
+            finder.add(side, number, row, digest([side, row]))  # type: ignore[arg-type]
+    found = finder.find(lambda side, number: (read.append((side, number)), sides[side][number])[1])
+    assert [(pair.row, pair.of) for pair in found.overlap_near.first] == [(number, 19 - number) for number in range(20)]
+    assert read == [(side, number) for side in ("train", "test") for number in range(20)]
 
 
 def test_lists_are_bounded_and_so_are_comparisons(monkeypatch: pytest.MonkeyPatch) -> None:
