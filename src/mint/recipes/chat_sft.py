@@ -22,7 +22,9 @@ import mint
 from mint import types
 from mint.chat import Converter, Renderer, TrainOn, get_renderer
 from mint.data import Batches, CachedConverter, ChatSet, Conversation, Cursor, cached, load_chat_set
+from mint.data.certificate import MAX_LOSS, Certificate
 from mint.errors import DataError, InputError
+from mint.recipes.data_certificate import accept, certify, checkpoint_metadata
 from mint.recipes.evaluation import Evaluation, EvaluationSet, evaluation_set, mean_nll, measure
 from mint.recipes.interrupt import StopOnCtrlC
 from mint.recipes.plots import plot_losses
@@ -49,6 +51,7 @@ class ChatSftConfig:
     at the end (and, for evaluations, the beginning).
     workers: processes that prepare rows ahead of their turn; 0: this one does; None: see `worker_count`. cache: keep what
     rows were converted to in MINT_HOME/cache. Neither changes a number that is trained.
+    max_loss: the share of rows, or of answers, that may be lost; training is refused where it is more.
     check_resume: after saving, take one step more twice, with the run and with one resumed from the checkpoint, and
     compare the bits.
     """
@@ -67,6 +70,7 @@ class ChatSftConfig:
     train_unembed: bool = True
     max_length: int = 2048
     train_on: TrainOn | None = None
+    max_loss: float = MAX_LOSS
     eval_size: int = 32
     eval_every: int = 0
     save_every: int = 50
@@ -105,14 +109,17 @@ class Prepared:
     renderer: Renderer
     converter: Converter | CachedConverter
     held_out: EvaluationSet
+    certificate: Certificate
 
 
 def chat_sft(
-    config: ChatSftConfig, out: Path, console: Console | None = None, *, resume: bool = False
-) -> dict[str, Any]:
+    config: ChatSftConfig, out: Path, console: Console | None = None,
+    *, resume: bool = False, data_changed: bool = False,
+) -> dict[str, Any]:  # fmt: skip
     """Fine-tune, evaluate, plot, sample and save; results go to the folder `out`, and the summary is returned.
 
     resume: go on from the last checkpoint of the run in `out`, with its cursor, to `config.num_steps` in all.
+    data_changed: for a resumed run whose data is another than before, which is an error otherwise.
     Ctrl-C during training ends it after the step in progress; everything is saved and the summary's status is
     "interrupted". A second Ctrl-C is a KeyboardInterrupt.
     """
@@ -139,7 +146,8 @@ def chat_sft(
         folder.create(asdict(config))
         metrics = []
     prepared = prepare(config, chats, client, console)
-    renderer, held_out = prepared.renderer, prepared.held_out
+    renderer, held_out, certificate = prepared.renderer, prepared.held_out, prepared.certificate
+    accept(certificate, folder, resume=resume, data_changed=data_changed)
     cursor = saved_cursor(service, summary["checkpoint"]) if resume else Cursor()
     workers = worker_count(config, client)
     batches = Batches(chats.train, config.batch_size, config.seed, cursor, prepare=prepared.converter, workers=workers)
@@ -194,10 +202,10 @@ def chat_sft(
                 folder.append_metrics(metrics[-1])
                 progress.evaluated(metrics[-1])
             if config.save_every and step % config.save_every == 0:
-                summary |= {"checkpoint": save(client, step, batches.cursor), "step": step}
+                summary |= {"checkpoint": save(client, step, batches.cursor, certificate), "step": step}
                 folder.write_summary(summary)
     if summary.get("step") != step:
-        summary |= {"checkpoint": save(client, step, batches.cursor), "step": step}
+        summary |= {"checkpoint": save(client, step, batches.cursor, certificate), "step": step}
         folder.write_summary(summary)
 
     # after
@@ -264,7 +272,8 @@ def prepare(config: ChatSftConfig, chats: ChatSet, client: mint.TrainingClient, 
     if testing.report.skipped:
         console.print(f"test rows skipped: {testing.report.skipped}", style="yellow")
     converter = Converter(renderer, config.max_length, train_on)
-    return Prepared(chats, renderer, cached(converter) if config.cache else converter, held_out)
+    certificate = certify(chats, converter, config.base_model, client.get_tokenizer(), config.max_loss, console)
+    return Prepared(chats, renderer, cached(converter) if config.cache else converter, held_out, certificate)
 
 
 def worker_count(config: ChatSftConfig, client: mint.TrainingClient) -> int:
@@ -299,8 +308,8 @@ def sample_answers(client: mint.SamplingClient, renderer: Renderer, config: Chat
     return [renderer.parse(f.result().sequences[0].tokens).content.strip() for f in futures]
 
 
-def save(client: mint.TrainingClient, step: int, cursor: Cursor) -> str:
-    metadata = {"step": str(step), "data_cursor": cursor.to_json()}
+def save(client: mint.TrainingClient, step: int, cursor: Cursor, certificate: Certificate) -> str:
+    metadata = {"step": str(step), "data_cursor": cursor.to_json(), **checkpoint_metadata(certificate)}
     # a resumed run may come to a step that it has saved before
     return client.save_state(f"step-{step:06d}", overwrite=True, user_metadata=metadata).result().path
 

@@ -31,7 +31,8 @@ def print_summary(console: Console, report: ConversionReport, summary: Mapping[s
                   f"waited for data {summary['wait_share']:.1%} of the time")  # fmt: skip
     console.print(f"checkpoint: {summary['checkpoint']}", soft_wrap=True)
     console.print(
-        f"results:    {out}/ (loss.png, samples.md, metrics.jsonl, summary.json, config.json)", soft_wrap=True
+        f"results:    {out}/ (loss.png, samples.md, metrics.jsonl, summary.json, config.json, data_certificate.json)",
+        soft_wrap=True,
     )
     more = "" if summary["status"] == "interrupted" else f" --steps {2 * int(summary['step'])}"
     console.print(f"go on:      mint sft --resume {out}{more}", soft_wrap=True)
