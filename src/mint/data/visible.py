@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import unicodedata
 
-PART_OF_CHARACTER = "▯"  # stands for a token whose bytes are no whole character alone
+PART_OF_CHARACTER = "◌"  # stands for a token whose bytes are no whole character alone
 
 _BREAKS = {"\n": "↵\n", "\t": "⇥\t", "\x7f": "␡"}
 _SPACES_AS_THEY_ARE = " \u3000"
@@ -18,7 +18,7 @@ def visible(text: str) -> str:
 
     A line feed gets ↵ and a tab ⇥ before them, other control characters become their pictures (␀, ␍), spaces that are
     no plain space ⍽, and what has no width or changes direction (U+200B, U+202E, U+2028 ...) its code point as ⟨U+202E⟩.
-    The empty text of a token that is a part of a character is ▯.
+    The empty text of a token that is a part of a character is ◌.
     """
     if not text:
         return PART_OF_CHARACTER
