@@ -1,8 +1,8 @@
 """A headless Chromium driven over the WebDriver protocol, which is JSON over HTTP: no library is needed.
 
-    with Browser.start(profile_folder) as browser:
-        browser.open(path.as_uri())
-        assert browser.run("return document.title") == "..."
+with Browser.start(profile_folder) as browser:
+    browser.open(path.as_uri())
+    assert browser.run("return document.title") == "..."
 """
 
 from __future__ import annotations
