@@ -63,14 +63,14 @@ def example_text(example: Iterable[ShownToken], *, by_change: bool, coloured: bo
 
     coloured: else trained and truncated stretches stand in BRACKETS.
     """
-    from mint.data.visible import visible
+    from mint.data.visible import visible_token
 
     text = Text()
     for kind, of_kind in groupby(example, lambda token: token.kind):
         opening, closing = ("", "") if coloured else BRACKETS.get(kind, ("", ""))
         text.append(opening)
         for token in of_kind:
-            text.append(visible(token.text), _change_style(token) if by_change else STYLES[kind])
+            text.append(visible_token(token.text), _change_style(token) if by_change else STYLES[kind])
         text.append(closing)
     return text
 
@@ -112,9 +112,9 @@ def _print_row(row: ShownRow, console: Console, *, by_change: bool) -> None:
         facts.append(f"dropped: {row.dropped}")
     console.rule(Text(" · ".join(filter(None, facts)), "bold"), align="left", style="dim")
     if row.error is not None:
-        console.print(Text(row.error, "red"), soft_wrap=True)
+        console.print(Text(visible(row.error), "red"), soft_wrap=True)
     for note in row.notes:
-        console.print(Text(f"note: {note}", "yellow"), soft_wrap=True)
+        console.print(Text(f"note: {visible(note)}", "yellow"), soft_wrap=True)
     for number, example in enumerate(row.examples, 1):
         if len(row.examples) > 1:
             console.print(Text(f"example {number} of {len(row.examples)}, {len(example):,} tokens", "dim"))

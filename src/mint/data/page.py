@@ -20,7 +20,7 @@ from typing import Any, get_args
 
 from mint.chat import ShownRow, ShownToken, TokenKind
 from mint.data.figures import figures
-from mint.data.visible import visible
+from mint.data.visible import visible, visible_token
 
 _KINDS: tuple[str, ...] = get_args(TokenKind)
 _NLL_DIGITS = 3
@@ -40,7 +40,11 @@ def page(rows: Sequence[ShownRow], title: str, facts: Mapping[str, str]) -> str:
         "base-uri 'none'",
         "form-action 'none'",
     ))  # fmt: skip
-    fields = {"title": html.escape(title), "policy": policy, "data": script_json(page_data(rows, title, facts))}
+    fields = {
+        "title": html.escape(visible(title)),
+        "policy": policy,
+        "data": script_json(page_data(rows, title, facts)),
+    }
     # in one pass: what is put in is not looked at again
     return re.sub(r"\{\{(\w+)\}\}", lambda field: fields[field[1]], template)
 
@@ -55,11 +59,11 @@ def page_data(rows: Sequence[ShownRow], title: str, facts: Mapping[str, str]) ->
     pieces: Pieces = {}
     shown = [_row_data(row, pieces) for row in rows]
     return {
-        "title": title,
-        "facts": list(facts.items()),
+        "title": visible(title),
+        "facts": [[visible(name), visible(value)] for name, value in facts.items()],
         "totals": asdict(figures(rows)),
         "kinds": _KINDS,
-        "pieces": [[id, text] if visible(text) == text else [id, text, visible(text)] for id, text in pieces],
+        "pieces": [_piece_data(id, text) for id, text in pieces],
         "rows": shown,
     }
 
@@ -73,13 +77,18 @@ def script_json(value: Any) -> str:
 def _row_data(row: ShownRow, pieces: Pieces) -> dict[str, Any]:
     return {
         "number": row.number,
-        "roles": row.roles,
+        "roles": [visible(role) for role in row.roles],
         "dropped": row.dropped,
-        "error": row.error,
-        "notes": row.notes,
+        "error": None if row.error is None else visible(row.error),
+        "notes": [visible(note) for note in row.notes],
         "figures": asdict(figures([row])),
         "examples": [_example_data(example, pieces) for example in row.examples],
     }
+
+
+def _piece_data(id: int, text: str) -> list[int | str]:
+    shown = visible_token(text)
+    return [id, text] if shown == text else [id, text, shown]
 
 
 def _example_data(example: Sequence[ShownToken], pieces: Pieces) -> dict[str, Any]:

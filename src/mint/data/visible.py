@@ -18,11 +18,13 @@ def visible(text: str) -> str:
 
     A line feed gets ↵ and a tab ⇥ before them, other control characters become their pictures (␀, ␍), spaces that are
     no plain space ⍽, and what has no width or changes direction (U+200B, U+202E, U+2028 ...) its code point as ⟨U+202E⟩.
-    The empty text of a token that is a part of a character is ◌.
     """
-    if not text:
-        return PART_OF_CHARACTER
     return text if _ORDINARY.fullmatch(text) else "".join(map(_visible_character, text))
+
+
+def visible_token(text: str) -> str:
+    """As `visible`, with a sign for a token without a text of its own."""
+    return visible(text) if text else PART_OF_CHARACTER
 
 
 def _visible_character(character: str) -> str:
