@@ -114,18 +114,16 @@ def row_numbers(chosen: str | None, count: int, *, first: int) -> list[int]:
     if chosen is None or chosen.strip() == "all":
         return list(range(count if chosen else min(first, count)))
     numbers: dict[int, None] = {}
-    for part in chosen.split(","):
-        found = re.fullmatch(r"(\d+)(-)?(\d+)?", part.strip())
+    for part in map(str.strip, chosen.split(",")):
+        found = re.fullmatch(r"(\d+)(-)?(\d+)?", part)
         if found is None or (found[3] and not found[2]):
-            raise InputError(
-                f"--rows {chosen}: {part.strip()!r} is no number and no range; give e.g. 0,3,10-12, 500- or all"
-            )
+            raise InputError(f"--rows {chosen}: {part!r} is no number and no range; give e.g. 0,3,10-12, 500- or all")
         start = int(found[1])
         end = int(found[3]) if found[3] else count - 1 if found[2] else start
-        if start >= count or end >= count or end < start:
-            raise InputError(
-                f"--rows {chosen}: {part.strip()!r} is not within 0-{count - 1}, the {count:,} rows there are"
-            )
+        if max(start, end) >= count:
+            raise InputError(f"--rows {chosen}: {part!r} is not within 0-{count - 1}, the {count:,} rows there are")
+        if end < start:
+            raise InputError(f"--rows {chosen}: {part!r} is not a range: its end is before its start")
         numbers |= dict.fromkeys(range(start, end + 1))
     return list(numbers)
 

@@ -91,13 +91,17 @@ def nll_table(rows: Sequence[ShownRow]) -> Table:
     table = Table("row", title="mean NLL of trained tokens, nats")
     for name in ("trained", "before", "after", "change"):
         table.add_column(name, justify="right")
-    lines = [(str(row.number), figures([row])) for row in rows] + [("all", figures(rows))]
-    for name, found in lines:
-        if found.nll is None or found.nll_before is None or found.change is None:
-            continue
-        numbers = f"{found.nll_before:.4f}", f"{found.nll:.4f}", f"{found.change:+.4f}"
-        table.add_row(name, f"{found.trained:,}", *numbers, end_section=name == lines[-2][0])
+    for row in rows:
+        _add_means(table, str(row.number), figures([row]))
+    table.add_section()
+    _add_means(table, "all", figures(rows))
     return table
+
+
+def _add_means(table: Table, name: str, found: Figures) -> None:
+    if found.nll is not None and found.nll_before is not None and found.change is not None:
+        means = f"{found.nll_before:.4f}", f"{found.nll:.4f}", f"{found.change:+.4f}"
+        table.add_row(name, f"{found.trained:,}", *means)
 
 
 def _print_row(row: ShownRow, console: Console, *, by_change: bool) -> None:
