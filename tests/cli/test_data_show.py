@@ -23,6 +23,7 @@ from mint.cli import data_show
 from mint.cli.data_show import row_numbers, show
 from mint.cli.shown_text import example_text, legend, print_rows
 from mint.errors import InputError
+from mint.recipes.chat_sft import ChatSftConfig
 from tests.support.clients import train
 from tests.support.shown import plain_row, shown_row, token
 
@@ -126,6 +127,10 @@ def test_the_first_three_are_shown_of_the_split_that_is_asked_for(chats: str, ti
     assert numbers_shown(invoke(chats, "--model", tiny_model).stdout) == [0, 1, 2]
     held_out = invoke(chats, "--model", tiny_model, "--split", "test")
     assert numbers_shown(held_out.stdout) == [0, 1] and ", test (2 rows)" in held_out.stdout
+    given = invoke(chats, "--model", tiny_model, "--test-file", chats, "--rows", "all")
+    assert numbers_shown(given.stdout) == list(range(20))
+    other = invoke(chats, "--model", tiny_model, "--split", "test", "--seed", "1")
+    assert numbers_shown(other.stdout) == [0, 1] and other.stdout != held_out.stdout
 
 
 def test_rules_decide_what_is_kept(chats: str, tiny_model: str) -> None:
@@ -171,16 +176,15 @@ def test_a_checkpoint_colours_by_what_it_changed(chats: str, checkpoint: str, ti
     assert [cell.strip() for cell in line.strip("│ ").split("│")] == ["all", *expected]
 
 
-@pytest.mark.parametrize(
-    ("arguments", "error"),
-    [
-        ([], "give --model, whose tokenizer and chat template write the rows, or --checkpoint"),
-        (["--checkpoint", "nowhere"], "--checkpoint nowhere: give a tinker:// path or the folder of a run"),
-    ],
-)
-def test_what_the_rows_are_rendered_for_has_to_be_said(chats: str, arguments: list[str], error: str) -> None:
-    done = invoke(chats, *arguments)
-    assert done.exit_code == 1 and f"error: {error}" in done.stderr
+def test_a_checkpoint_is_named_by_its_path_or_its_run(chats: str) -> None:
+    done = invoke(chats, "--checkpoint", "nowhere")
+    assert done.exit_code == 1
+    assert "error: --checkpoint nowhere: give a tinker:// path or the folder of a run" in done.stderr
+
+
+def test_without_a_model_it_is_that_of_the_recipe(chats: str) -> None:
+    assert ChatSftConfig().base_model == data_show.DEFAULT_MODEL
+    assert data_show.DEFAULT_MODEL in invoke(chats).stderr  # there is no hub here
 
 
 def test_another_model_than_the_checkpoint_s_is_refused(chats: str, checkpoint: str, tiny_model: str) -> None:

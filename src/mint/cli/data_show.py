@@ -15,60 +15,93 @@ from mint.cli.common import checkpoint_named, command, is_checkpoint, make_conso
 from mint.errors import InputError
 
 if TYPE_CHECKING:
-    from mint.chat import ShownRow
+    from mint.chat import OnOverlong, ShownRow
 
+DEFAULT_MODEL = "Qwen/Qwen3-0.6B"
 TERMINAL_ROWS, PAGE_ROWS = 3, 100
 MAX_PAGE_ROWS = 5000  # of some hundred tokens each; a browser takes that in a second
 
 
+DatasetArgument = Annotated[
+    str, typer.Argument(metavar="DATASET", help="no_robots, tulu3, packaged, or a JSONL file with 'messages'.")
+]
+Model = Annotated[
+    str | None,
+    typer.Option(
+        help="Hub id, folder or packaged model: whose tokenizer and template.",
+        show_default=f"{DEFAULT_MODEL}, or the checkpoint's",
+    ),
+]
+Rows = Annotated[
+    str | None,
+    typer.Option(
+        help="Numbers from 0, such as 0,3,10-12 or 500-, or all.",
+        show_default=f"first {TERMINAL_ROWS}; with --html first {PAGE_ROWS}",
+    ),
+]
+
+
 def show(
-    dataset: Annotated[
-        str, typer.Argument(metavar="DATASET", help="As for `mint sft --dataset`: a name, or a file with 'messages'.")
-    ],
-    model: Annotated[
-        str | None, typer.Option(help="Hub id, folder or packaged model.", show_default="the checkpoint's")
-    ] = None,
-    rows: Annotated[
-        str | None,
-        typer.Option(
-            help="Numbers from 0, such as 0,3,10-12 or 500-, or all.", show_default="first 3; --html first 100"
-        ),
-    ] = None,
+    dataset: DatasetArgument,
+    model: Model = None,
+    rows: Rows = None,
     split: Annotated[Literal["train", "test"], typer.Option(help="The rows trained on, or those held out.")] = "train",
+    test_file: Annotated[
+        Path | None, typer.Option(help="Test rows, where the dataset is a file.", show_default="a tenth of it")
+    ] = None,
     max_length: Annotated[int, typer.Option(min=2, help="Tokens of a conversation.")] = 2048,
     train_on: Annotated[
-        str | None,
-        typer.Option(help="What is trained, as for `mint sft --train-on`.", show_default="the dataset's own"),
+        str | None, typer.Option(help="What is trained, as for mint sft.", show_default="the dataset's own")
     ] = None,
     on_overlong: Annotated[
-        str, typer.Option(help="What is done with rows that are too long: drop, truncate_right, truncate_left_turns.")
+        Literal["drop", "truncate_right", "truncate_left_turns"],
+        typer.Option(help="What is done with an answer that is too long with its prompt."),
     ] = "drop",
+    seed: Annotated[int, typer.Option(help="Chooses the test rows of a file, as in mint sft.")] = 0,
     checkpoint: Annotated[
-        str | None,
-        typer.Option(help="tinker:// path or folder of a run: colours tokens by how it changed their NLL."),
+        str | None, typer.Option(help="tinker:// path or a run's folder: how it changed the NLL of every token.")
     ] = None,
     html: Annotated[
-        Path | None, typer.Option(help="Write a page for the browser to this file, which needs no other.")
+        Path | None, typer.Option(help="Write a page for the browser, with search and filters, to this file.")
     ] = None,
 ) -> None:
-    """Show rows as they are trained: which tokens, and which of them the model has to learn to write.
+    """Rows as they are trained: every token, and whether the model has to learn to write it.
 
-    On a terminal, or with --html as one page with search and filters. With --checkpoint the page also has every token's
-    NLL before and after training.
+    On a terminal, or with --html as one page that needs no other file and no network. With --checkpoint the colours show
+    each token's NLL before and after training.
     """
     console = make_console()
     with command(make_console(stderr=True), verbose=False):
-        view = View(dataset, split, max_length, train_on, on_overlong)
+        view = View(dataset, test_file, seed, split, max_length, train_on, on_overlong)
+        chosen = Choice(rows, PAGE_ROWS, MAX_PAGE_ROWS) if html is not None else Choice(rows, TERMINAL_ROWS, None)
         if checkpoint is None:
-            if model is None:
-                raise InputError("give --model, whose tokenizer and chat template write the rows, or --checkpoint")
             from mint.hub import load_tokenizer
 
-            shown, facts = view.render(rows, load_tokenizer(model), to_page=html is not None)
+            model = model or DEFAULT_MODEL
+            shown, facts = view.render(chosen, load_tokenizer(model))
             facts = {"model": model, **facts}
         else:
-            shown, facts = _scored(view, rows, model, checkpoint, to_page=html is not None)
-        _print(shown, facts, console) if html is None else _write(shown, facts, view, html, console)
+            shown, facts = _scored(view, chosen, model, checkpoint)
+        if html is None:
+            _print(shown, facts, console)
+        else:
+            _write(shown, facts, view, html, console)
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """Rows that were asked for. text: see `row_numbers`. first: how many where it is None. limit: how many at most."""
+
+    text: str | None
+    first: int
+    limit: int | None
+
+    def of(self, count: int) -> list[int]:
+        """Numbers of rows in a set of `count`. Raises InputError."""
+        numbers = row_numbers(self.text, count, first=self.first)
+        if self.limit is not None and len(numbers) > self.limit:
+            raise InputError(f"--rows {self.text}: {len(numbers):,} rows; a page holds at most {self.limit:,}")
+        return numbers
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,31 +109,30 @@ class View:
     """Which rows are looked at, and by which rules they are rendered."""
 
     dataset: str
+    test_file: Path | None
+    seed: int
     split: Literal["train", "test"]
     max_length: int
     train_on: str | None
-    on_overlong: str
+    on_overlong: OnOverlong
 
-    def render(self, chosen: str | None, tokenizer: Any, *, to_page: bool) -> tuple[list[ShownRow], dict[str, str]]:
+    def render(self, chosen: Choice, tokenizer: Any) -> tuple[list[ShownRow], dict[str, str]]:
         """The rows that `chosen` names, and what was rendered how. Raises as `load_chat_set` and `Converter`."""
         from mint.chat import Converter, get_renderer, show_row
         from mint.data import load_chat_set
 
-        chats = load_chat_set(self.dataset)
+        chats = load_chat_set(self.dataset, test=self.test_file, seed=self.seed)
         source = chats.train if self.split == "train" else chats.test
-        numbers = row_numbers(chosen, len(source), first=PAGE_ROWS if to_page else TERMINAL_ROWS)
-        if to_page and len(numbers) > MAX_PAGE_ROWS:
-            raise InputError(f"--rows {chosen}: {len(numbers):,} rows; a page holds at most {MAX_PAGE_ROWS:,}")
+        numbers = chosen.of(len(source))
         renderer = get_renderer(tokenizer)
         train_on: Any = self.train_on or chats.train_on
-        on_overlong: Any = self.on_overlong
-        converter = Converter(renderer, self.max_length, train_on, on_overlong=on_overlong)
+        converter = Converter(renderer, self.max_length, train_on, on_overlong=self.on_overlong)
         facts = {
             "data set": f"{chats.name}, {self.split} ({len(source):,} rows)",
             "rendered as": str(renderer.settings["family"]),
             "trained on": train_on,
             "max length": f"{self.max_length:,} tokens",
-            "too long": on_overlong,
+            "too long": self.on_overlong,
         }
         return [show_row(number, source[number], converter) for number in numbers], facts
 
@@ -128,9 +160,7 @@ def row_numbers(chosen: str | None, count: int, *, first: int) -> list[int]:
     return list(numbers)
 
 
-def _scored(
-    view: View, chosen: str | None, model: str | None, checkpoint: str, *, to_page: bool
-) -> tuple[list[ShownRow], dict[str, str]]:
+def _scored(view: View, chosen: Choice, model: str | None, checkpoint: str) -> tuple[list[ShownRow], dict[str, str]]:
     """As `View.render` with the base model's tokenizer, and the NLLs that it and the checkpoint give."""
     from rich.progress import track
 
@@ -145,7 +175,7 @@ def _scored(
         base_model = tuned.get_base_model()
         if model not in (None, base_model):
             raise InputError(f"--model {model}: the checkpoint was trained on {base_model}; leave --model out")
-        shown, facts = view.render(chosen, tuned.get_tokenizer(), to_page=to_page)
+        shown, facts = view.render(chosen, tuned.get_tokenizer())
         base = service.create_sampling_client(None, base_model)
         scored = scored_rows(shown, tuned, base)
         console = make_console(stderr=True)
