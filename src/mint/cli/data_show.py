@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,9 +19,8 @@ if TYPE_CHECKING:
     from mint.chat import OnOverlong, ShownRow
 
 DEFAULT_MODEL = "Qwen/Qwen3-0.6B"
-TERMINAL_ROWS, PAGE_ROWS = 3, 100
-MAX_PAGE_ROWS = 5000  # of some hundred tokens each; a browser takes that in a second
-
+TERMINAL_ROWS, PAGE_ROWS = 3, 100  # shown where none are named
+MAX_ROWS = 5000  # at once, in memory and in a browser; of some hundred tokens each that is a page of 10 MB
 
 DatasetArgument = Annotated[
     str, typer.Argument(metavar="DATASET", help="no_robots, tulu3, packaged, or a JSONL file with 'messages'.")
@@ -72,16 +72,16 @@ def show(
     """
     console = make_console()
     with command(make_console(stderr=True), verbose=False):
-        view = View(dataset, test_file, seed, split, max_length, train_on, on_overlong)
-        chosen = Choice(rows, PAGE_ROWS, MAX_PAGE_ROWS) if html is not None else Choice(rows, TERMINAL_ROWS, None)
+        first = TERMINAL_ROWS if html is None else PAGE_ROWS
+        view = View(dataset, test_file, seed, split, rows, first, max_length, train_on, on_overlong)
         if checkpoint is None:
             from mint.hub import load_tokenizer
 
             model = model or DEFAULT_MODEL
-            shown, facts = view.render(chosen, load_tokenizer(model))
+            shown, facts = view.render(load_tokenizer(model))
             facts = {"model": model, **facts}
         else:
-            shown, facts = _scored(view, chosen, model, checkpoint)
+            shown, facts = _scored(view, model, checkpoint)
         if html is None:
             _print(shown, facts, console)
         else:
@@ -89,41 +89,27 @@ def show(
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
-    """Rows that were asked for. text: see `row_numbers`. first: how many where it is None. limit: how many at most."""
-
-    text: str | None
-    first: int
-    limit: int | None
-
-    def of(self, count: int) -> list[int]:
-        """Numbers of rows in a set of `count`. Raises InputError."""
-        numbers = row_numbers(self.text, count, first=self.first)
-        if self.limit is not None and len(numbers) > self.limit:
-            raise InputError(f"--rows {self.text}: {len(numbers):,} rows; a page holds at most {self.limit:,}")
-        return numbers
-
-
-@dataclass(frozen=True, slots=True)
 class View:
-    """Which rows are looked at, and by which rules they are rendered."""
+    """Which rows are looked at, and by which rules they are rendered. rows, first: see `row_numbers`."""
 
     dataset: str
     test_file: Path | None
     seed: int
     split: Literal["train", "test"]
+    rows: str | None
+    first: int
     max_length: int
     train_on: str | None
     on_overlong: OnOverlong
 
-    def render(self, chosen: Choice, tokenizer: Any) -> tuple[list[ShownRow], dict[str, str]]:
-        """The rows that `chosen` names, and what was rendered how. Raises as `load_chat_set` and `Converter`."""
+    def render(self, tokenizer: Any) -> tuple[list[ShownRow], dict[str, str]]:
+        """The rows, and what was rendered how. Raises as `load_chat_set` and `Converter`."""
         from mint.chat import Converter, get_renderer, show_row
         from mint.data import load_chat_set
 
         chats = load_chat_set(self.dataset, test=self.test_file, seed=self.seed)
         source = chats.train if self.split == "train" else chats.test
-        numbers = chosen.of(len(source))
+        numbers = row_numbers(self.rows, len(source), first=self.first)
         renderer = get_renderer(tokenizer)
         train_on: Any = self.train_on or chats.train_on
         converter = Converter(renderer, self.max_length, train_on, on_overlong=self.on_overlong)
@@ -141,26 +127,32 @@ def row_numbers(chosen: str | None, count: int, *, first: int) -> list[int]:
     """The rows that `chosen` names of `count`, in its order, each once; None is the `first` so many.
 
     chosen: "all", or numbers from 0 and ranges with both ends, "10-12", or "500-" to the end, with commas between.
-    Raises InputError.
+    Raises InputError, also for more than MAX_ROWS.
     """
-    if chosen is None or chosen.strip() == "all":
-        return list(range(count if chosen else min(first, count)))
-    numbers: dict[int, None] = {}
-    for part in map(str.strip, chosen.split(",")):
-        found = re.fullmatch(r"(\d+)(-)?(\d+)?", part)
-        if found is None or (found[3] and not found[2]):
-            raise InputError(f"--rows {chosen}: {part!r} is no number and no range; give e.g. 0,3,10-12, 500- or all")
-        start = int(found[1])
-        end = int(found[3]) if found[3] else count - 1 if found[2] else start
-        if max(start, end) >= count:
-            raise InputError(f"--rows {chosen}: {part!r} is not within 0-{count - 1}, the {count:,} rows there are")
-        if end < start:
-            raise InputError(f"--rows {chosen}: {part!r} is not a range: its end is before its start")
-        numbers |= dict.fromkeys(range(start, end + 1))
-    return list(numbers)
+    if chosen is None:
+        return list(range(min(first, count)))
+    parts = ["0-"] if chosen.strip() == "all" else [part.strip() for part in chosen.split(",")]
+    ranges = [_row_range(part, count) for part in parts]
+    total = sum(map(len, ranges))
+    if total > MAX_ROWS:
+        raise InputError(f"--rows {chosen}: {total:,} rows; at most {MAX_ROWS:,} are shown at once")
+    return list(dict.fromkeys(itertools.chain.from_iterable(ranges)))
 
 
-def _scored(view: View, chosen: Choice, model: str | None, checkpoint: str) -> tuple[list[ShownRow], dict[str, str]]:
+def _row_range(part: str, count: int) -> range:
+    found = re.fullmatch(r"(\d+)(-(\d*))?", part)
+    if found is None:
+        raise InputError(f"--rows: {part!r} is no number and no range; give e.g. 0,3,10-12, 500- or all")
+    start = int(found[1])
+    end = start if found[2] is None else int(found[3] or count - 1)
+    if max(start, end) >= count:
+        raise InputError(f"--rows: {part!r} is beyond the {count:,} rows there are, numbered from 0")
+    if end < start:
+        raise InputError(f"--rows: {part!r} is not a range: its end is before its start")
+    return range(start, end + 1)
+
+
+def _scored(view: View, model: str | None, checkpoint: str) -> tuple[list[ShownRow], dict[str, str]]:
     """As `View.render` with the base model's tokenizer, and the NLLs that it and the checkpoint give."""
     from rich.progress import track
 
@@ -175,7 +167,7 @@ def _scored(view: View, chosen: Choice, model: str | None, checkpoint: str) -> t
         base_model = tuned.get_base_model()
         if model not in (None, base_model):
             raise InputError(f"--model {model}: the checkpoint was trained on {base_model}; leave --model out")
-        shown, facts = view.render(chosen, tuned.get_tokenizer())
+        shown, facts = view.render(tuned.get_tokenizer())
         base = service.create_sampling_client(None, base_model)
         scored = scored_rows(shown, tuned, base)
         console = make_console(stderr=True)
