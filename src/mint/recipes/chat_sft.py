@@ -279,9 +279,9 @@ def sample_answers(client: mint.SamplingClient, renderer: Renderer, config: Chat
     params = types.SamplingParams(
         max_tokens=config.sample_tokens, temperature=0.0, stop_token_ids=renderer.stop_token_ids
     )
-    prompts = [renderer.build_prompt([{"role": "user", "content": text}]) for text in config.prompts]
+    prompts = [renderer.prompt([{"role": "user", "content": text}]) for text in config.prompts]
     futures = [client.sample(types.ModelInput.from_ints(ids), 1, params) for ids in prompts]
-    return [renderer.parse_response(f.result().sequences[0].tokens).content.strip() for f in futures]
+    return [renderer.parse(f.result().sequences[0].tokens).content.strip() for f in futures]
 
 
 def save(client: mint.TrainingClient, step: int, cursor: Cursor) -> str:
