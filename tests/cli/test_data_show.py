@@ -17,7 +17,6 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 import mint
-import mint.chat
 from mint.chat import ShownRow
 from mint.cli import data_show
 from mint.cli.data_show import row_numbers, show
@@ -25,7 +24,7 @@ from mint.cli.shown_text import example_text, legend, print_rows
 from mint.errors import InputError
 from mint.recipes.chat_sft import ChatSftConfig
 from tests.support.clients import train
-from tests.support.shown import plain_row, shown_row, token
+from tests.support.shown import plain_row, token
 
 pytestmark = pytest.mark.usefixtures("logging_as_before")
 
@@ -36,12 +35,6 @@ runner = CliRunner()
 
 def invoke(*arguments: str) -> Result:
     return runner.invoke(app, list(arguments), env={"COLUMNS": "160"})
-
-
-@pytest.fixture(autouse=True)
-def a_way_to_show_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    if not hasattr(mint.chat, "show_row"):
-        monkeypatch.setattr(mint.chat, "show_row", shown_row, raising=False)
 
 
 @pytest.fixture
@@ -120,7 +113,7 @@ def test_rows_are_printed_with_what_is_trained_in_brackets(chats: str, tiny_mode
     assert "What is 0?" in done.stdout or "What is 1?" in done.stdout
     assert re.search(r"^row \d+ · user · dropped: no_assistant", done.stdout, re.MULTILINE)
     assert "[no_assistant] the conversation has no assistant message" in done.stdout
-    assert f"model: {tiny_model}; data set: {chats}, train (18 rows); rendered as: qwen3" in done.stdout
+    assert f"model: {tiny_model}; data set: {chats}, train (18 rows); chat template: chatml (" in done.stdout
 
 
 def test_the_first_three_are_shown_of_the_split_that_is_asked_for(chats: str, tiny_model: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -115,7 +115,7 @@ class View:
         converter = Converter(renderer, self.max_length, train_on, on_overlong=self.on_overlong)
         facts = {
             "data set": f"{chats.name}, {self.split} ({len(source):,} rows)",
-            "rendered as": str(renderer.settings["family"]),
+            **_template_facts(renderer.settings),
             "trained on": train_on,
             "max length": f"{self.max_length:,} tokens",
             "too long": self.on_overlong,
@@ -150,6 +150,16 @@ def _row_range(part: str, count: int) -> range:
     if end < start:
         raise InputError(f"--rows: {part!r} is not a range: its end is before its start")
     return range(start, end + 1)
+
+
+def _template_facts(settings: Mapping[str, Any]) -> dict[str, str]:
+    """family (hash of the template), and the date and the thinking switch where they are used."""
+    facts = {"chat template": f"{settings['family']} ({settings['template']})"}
+    if settings["date"] is not None:
+        facts["date"] = str(settings["date"])
+    if settings["thinking"]:
+        facts["thinking"] = "on"
+    return facts
 
 
 def _scored(view: View, model: str | None, checkpoint: str) -> tuple[list[ShownRow], dict[str, str]]:

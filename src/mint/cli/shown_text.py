@@ -110,10 +110,12 @@ def _print_row(row: ShownRow, console: Console, *, by_change: bool) -> None:
 
     found = figures([row])
     facts = [f"row {row.number}", ", ".join(map(visible, row.roles))]
-    if row.examples:
-        facts.append(f"{found.tokens:,} tokens, {found.trained:,} trained" + (f", {found.cut:,} cut" * (found.cut > 0)))
     if row.dropped is not None:
         facts.append(f"dropped: {row.dropped}")
+    if found.tokens:
+        facts.append(f"{found.tokens:,} tokens, {found.trained:,} trained")
+    if found.cut:
+        facts.append(f"{found.cut:,} tokens cut off")
     console.rule(Text(" · ".join(filter(None, facts)), "bold"), align="left", style="dim")
     if row.error is not None:
         console.print(Text(visible(row.error), "red"), soft_wrap=True)

@@ -12,9 +12,10 @@ from mint.chat import ShownRow, ShownToken
 class Figures:
     """What some rows come to.
 
-    tokens: those that the model sees; a row of several examples counts what they share as often. trained: of these, with
-    a loss weight. cut: tokens that were left out. nll, nll_before: mean negative log-probability of the trained tokens
-    in nats, weighted as in the loss, given by the checkpoint and by the base model; None where none is known.
+    examples: those that are trained. tokens: those that the model sees; a row of several examples counts what they share
+    as often. trained: of these, with a loss weight. cut: tokens that were left out, also of dropped rows. nll,
+    nll_before: mean negative log-probability of the trained tokens in nats, weighted as in the loss, given by the
+    checkpoint and by the base model; None where none is known.
     """
 
     rows: int
@@ -39,7 +40,7 @@ def figures(rows: Iterable[ShownRow]) -> Figures:
     return Figures(
         rows=len(rows),
         dropped=sum(row.dropped is not None for row in rows),
-        examples=sum(len(row.examples) for row in rows),
+        examples=sum(len(row.examples) for row in rows if row.dropped is None),
         tokens=len(seen),
         trained=len(trained),
         cut=sum(token.kind == "truncated" for row in rows for token in _tokens(row)),

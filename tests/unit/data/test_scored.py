@@ -6,11 +6,11 @@ from dataclasses import dataclass, field
 
 import pytest
 from tests.support.clients import train
-from tests.support.shown import plain_row, shown_row, token
+from tests.support.shown import plain_row, token
 
 import mint
 from mint import types
-from mint.chat import Converter, ShownRow, get_renderer
+from mint.chat import Converter, ShownRow, get_renderer, show_row
 from mint.data.figures import figures
 from mint.data.scored import scored_rows
 from mint.errors import NumericsError
@@ -37,7 +37,7 @@ def test_nlls_are_those_that_forward_gives_before_and_after_training(tiny_model:
         after = run.forward(datums, "cross_entropy").result()
         tuned = run.save_weights_and_get_sampling_client()
         base = service.create_sampling_client(None, tiny_model)
-        shown = [shown_row(number, row, converter) for number, row in enumerate(ROWS)]
+        shown = [show_row(number, row, converter) for number, row in enumerate(ROWS)]
         scored = list(scored_rows(shown, tuned, base))
 
     assert len(scored[1].examples) == 2  # one an answer: the template rewrites history
