@@ -44,7 +44,7 @@ def rows() -> list[ShownRow]:
         replace(plain_row(1, HOSTILE), examples=(hostile, hostile), roles=(HOSTILE, "x"), notes=(HOSTILE,)),
         ShownRow(2, ("user",), (), "no_assistant", "[no_assistant] nothing to train on"),
         ShownRow(5, ("user", "assistant"), (), "overlong", "[overlong] too long"),
-        ShownRow(6, ("user", "assistant"), (), "overlong", "[overlong] too long, too"),
+        ShownRow(6, ("user", "assistant"), ((token("lost", "truncated"),),), "overlong", "[overlong] too long, too"),
         ShownRow(9, ("user", "assistant"), (scored,)),
     ]
 
@@ -80,7 +80,7 @@ def classes(browser: Browser, row: int) -> list[str]:
 
 def test_rows_are_drawn_with_their_tokens_and_nothing_in_them_runs(opened: Any) -> None:
     browser = opened()
-    browser.until("document.querySelectorAll('.t').length === 4 + 4 + 5 + 4")  # of the rows, and of the legend
+    browser.until("document.querySelectorAll('.t').length === 4 + 4 + 1 + 5 + 4")  # of the rows, and of the legend
     assert texts(browser, "[data-row='0'] .t") == ["<user>", "Hi", "One", " fish"]
     assert classes(browser, 0) == ["t scaffold", "t context", "t trained", "t trained"]
     assert texts(browser, "[data-row='1'] .t") == [HOSTILE, "a↵\nb⟨U+202E⟩"] * 2
@@ -97,7 +97,7 @@ def test_totals_stand_on_top(opened: Any) -> None:
     tiles = dict(zip(texts(browser, "#totals span"), texts(browser, "#totals b"), strict=True))
     assert tiles == {
         "rows": "6", "kept": "3", "dropped": "3", "examples": "4", "tokens": "12", "trained (50.0 %)": "6",
-        "tokens cut off": "1", "mean NLL before → after": "2.525 → 2.525",
+        "tokens cut off": "2", "mean NLL before → after": "2.525 → 2.525",
     }  # fmt: skip
     assert texts(browser, "#facts dt, #facts dd") == ["data set", "three"]
 
@@ -237,11 +237,42 @@ def test_of_a_long_page_only_what_is_near_the_window_is_drawn(browser: Browser, 
     browser.until("document.querySelectorAll('.body .t').length > 0")
     assert browser.run("return document.querySelectorAll('.row').length") == 500
     assert browser.run("return document.querySelectorAll('.body .t').length") <= 10 * 1000
-    browser.run("location.hash = '#row=400'")
-    browser.until("document.querySelector(\"[data-row='400'] .t\")")
-    top = browser.until(
-        "(t => t > 0 && t < innerHeight && t)(document.querySelector('.goal').getBoundingClientRect().top)"
+    browser.run("location.hash = '#row=400&token=900'")
+    browser.until("document.querySelector('[data-row=\"400\"] .t.current')")
+    browser.until(
+        "(b => b.top > 0 && b.bottom < innerHeight)(document.querySelector('.current').getBoundingClientRect())"
     )
-    assert top > 0
+    browser.run("location.hash = '#row=200'")
+    browser.until("Math.abs(document.querySelector('[data-row=\"200\"]').getBoundingClientRect().top - 104) < 2")
     browser.until("document.querySelector(\"[data-row='0'] .t\") === null")
     assert browser.run("return document.querySelectorAll('.body .t').length") <= 10 * 1000
+
+
+def test_light_and_dark_follow_the_button(opened: Any) -> None:
+    browser = opened()
+    said, grounds = [], []
+    for _ in range(3):
+        browser.click("#theme")
+        said.append(browser.run("return document.documentElement.dataset.theme"))
+        grounds.append(browser.run("return getComputedStyle(document.body).backgroundColor"))
+    assert said == ["light", "dark", ""]
+    assert grounds[:2] == ["rgb(244, 246, 248)", "rgb(14, 18, 23)"]
+    assert opened("theme=dark").run("return getComputedStyle(document.body).backgroundColor") == grounds[1]
+
+
+def test_a_slash_leads_to_the_search(opened: Any) -> None:
+    browser = opened()
+    browser.type("body", "/")
+    assert browser.run("return document.activeElement.id") == "search"
+    assert browser.run("return document.getElementById('search').value") == ""
+
+
+def test_a_narrow_window_is_not_scrolled_sideways(opened: Any, browser: Browser) -> None:
+    browser.resize(420, 900)
+    try:
+        opened()
+        browser.until("document.querySelector('[data-row=\"1\"] .t')")
+        assert browser.run("return innerWidth") < 600
+        assert browser.run("return document.documentElement.scrollWidth <= innerWidth")
+    finally:
+        browser.resize(1280, 1000)
