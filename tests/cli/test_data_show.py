@@ -111,7 +111,7 @@ def test_rows_are_printed_with_what_is_trained_in_brackets(chats: str, tiny_mode
     assert len(trained) > 15 and {text.removesuffix("<|im_end|>") for text in trained[:-1]} < set(answers)
     assert trained[-1] == "trained"  # the legend's
     assert "What is 0?" in done.stdout or "What is 1?" in done.stdout
-    assert re.search(r"^row \d+ · user · dropped: no_assistant", done.stdout, re.MULTILINE)
+    assert re.search(r"^row \d+ · dropped: no_assistant · user ─", done.stdout, re.MULTILINE)
     assert "[no_assistant] the conversation has no assistant message" in done.stdout
     assert f"model: {tiny_model}; data set: {chats}, train (18 rows); chat template: chatml (" in done.stdout
 
@@ -232,4 +232,8 @@ def test_nothing_in_a_row_reaches_the_terminal_as_a_command(coloured: bool) -> N
     print_rows([hostile], Console(file=file, force_terminal=coloured, color_system="standard" if coloured else None))
     printed = re.sub(r"\x1b\[[\d;]*m", "", file.getvalue())
     assert not [c for c in printed if c != "\n" and unicodedata.category(c) == "Cc"]
-    assert "[red]x[/red]␛[2J␍" in printed and "note: ⟨U+009B⟩2J" in printed and "row 0 · ␇ · " in printed
+    assert (
+        "[red]x[/red]␛[2J␍" in printed
+        and "note: ⟨U+009B⟩2J" in printed
+        and "row 0 · 3 tokens, 1 trained · ␇ ─" in printed
+    )

@@ -109,14 +109,16 @@ def _print_row(row: ShownRow, console: Console, *, by_change: bool) -> None:
     from mint.data.visible import visible
 
     found = figures([row])
-    facts = [f"row {row.number}", ", ".join(map(visible, row.roles))]
+    facts = [f"row {row.number}"]
     if row.dropped is not None:
         facts.append(f"dropped: {row.dropped}")
     if found.tokens:
         facts.append(f"{found.tokens:,} tokens, {found.trained:,} trained")
     if found.cut:
         facts.append(f"{found.cut:,} tokens cut off")
-    console.rule(Text(" · ".join(filter(None, facts)), "bold"), align="left", style="dim")
+    if row.roles:
+        facts.append(", ".join(map(visible, row.roles)))  # last: what has no room is left out
+    console.rule(Text(" · ".join(facts), "bold"), align="left", style="dim")
     if row.error is not None:
         console.print(Text(visible(row.error), "red"), soft_wrap=True)
     for note in row.notes:

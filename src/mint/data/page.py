@@ -23,7 +23,7 @@ from mint.data.figures import figures
 from mint.data.visible import visible, visible_token
 
 _KINDS: tuple[str, ...] = get_args(TokenKind)
-_NLL_DIGITS = 3
+_NLL_DIGITS, _WEIGHT_DIGITS = 3, 6
 # Characters with a meaning to an HTML or JavaScript parser, and half surrogate pairs, which UTF-8 cannot write.
 _UNSAFE = re.compile("[<>&\u2028\u2029\ud800-\udfff]")
 
@@ -95,7 +95,7 @@ def _example_data(example: Sequence[ShownToken], pieces: Pieces) -> dict[str, An
     data: dict[str, Any] = {
         "tokens": [pieces.setdefault((token.id, token.text), len(pieces)) for token in example],
         "spans": [
-            [len(list(group)), _KINDS.index(kind), message, weight]
+            [len(list(group)), _KINDS.index(kind), message, round(weight, _WEIGHT_DIGITS)]
             for (kind, message, weight), group in groupby(example, lambda t: (t.kind, t.message, t.weight))
         ],
     }

@@ -67,7 +67,7 @@ def tokens_of(data: Any, example: Any) -> list[tuple[Any, ...]]:
 
 def test_every_token_can_be_read_back() -> None:
     row = replace(plain_row(4, " one", "\n", " one"), notes=("a note",))
-    odd = (token("x", message=0), token("x", id=7, message=0), token("cut", "truncated", message=1))
+    odd = (token("x", message=0), token("x", "trained", weight=0.25, id=7, message=0), token("cut", "truncated"))
     row = replace(row, examples=(*row.examples, odd))
     data = embedded(page([row], "title", FACTS))
     shown = data["rows"][0]
