@@ -66,6 +66,29 @@ class Encoder:
             found = self.pattern.search(text, start)
         return BREAK.join([*pieces, text[start:]])
 
+    def encode_pieces(self, stretches: Sequence[Sequence[str | tuple[int, ...]]]) -> list[list[int]]:
+        """As `encode`, of texts in pieces: strings, and ids of what is encoded already."""
+        texts = [piece for pieces in stretches for piece in pieces if isinstance(piece, str)]
+        made = iter(self.encode(texts))
+        encoded = []
+        for pieces in stretches:
+            ids: list[int] = []
+            for piece in pieces:
+                ids += next(made) if isinstance(piece, str) else piece
+            encoded.append(ids)
+        return encoded
+
+    def split_markup(self, text: str) -> list[str | tuple[int, ...]]:
+        """Text of a template in pieces: the ids of control tokens, and of what stands between two of them; strings before
+        the first and after the last, which go on with other text."""
+        chunks = self.pattern.split(text)
+        if len(chunks) == 1:
+            return [text]
+        ids: list[int] = []
+        for number, chunk in enumerate(chunks[1:-1], 1):
+            ids += [self.control_ids[chunk]] if number % 2 else self.encode([chunk])[0] if chunk else []
+        return [chunks[0], tuple(ids), chunks[-1]]
+
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each of `texts`, which follow one another; tokens never reach from one into the next.
 

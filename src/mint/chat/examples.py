@@ -148,7 +148,7 @@ def encode_run(renderer: Renderer, run: Sequence[Stretch]) -> list[tuple[list[in
     """The token ids of each stretch, and how many of them are an answer: up to and with the first end-of-turn token."""
     ends = renderer.end_token_ids
     encoded = []
-    for stretch, ids in zip(run, renderer.style.encoder.encode([s.text for s in run]), strict=True):
+    for stretch, ids in zip(run, renderer.style.encoder.encode_pieces([s.pieces for s in run]), strict=True):
         learned = 0
         if stretch.message is not None:
             learned = next(index for index, token in enumerate(ids, 1) if token in ends)

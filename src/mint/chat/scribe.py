@@ -7,11 +7,12 @@ conversations of one shape differ in their contents alone.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Final
 
+from mint.chat.encoding import Encoder
 from mint.chat.marks import mark
 from mint.chat.messages import Dialog, Message
 from mint.chat.transcript import (
@@ -33,8 +34,17 @@ MAX_SHAPES: Final = 4096
 # Two contents as different as contents can be: if the template makes the same of both, it makes the same of all.
 _SAMPLES: Final = ("Ab", "Über 'q' \"d\" {x} [y]\n\n\t1. <b>\\ 世界\n" * 9 + "z")
 
-_Text = tuple[str, str, str]  # whitespace, text, whitespace
+# ids, or texts and marks' numbers to be encoded as one text
+_Pieces = tuple[tuple[int, ...] | list[str | int], ...]
 _Shape = tuple[tuple[str, str, str, bool, tuple[str, str] | None], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """The transcript of a shape, with sample texts in its marks; and each of its stretches in pieces."""
+
+    transcript: Transcript
+    pieces: Mapping[Stretch, _Pieces]
 
 
 @dataclass(eq=False)
@@ -53,9 +63,9 @@ class Scribe:
         """Raises DataError where a prompt is asked for and cannot be written."""
         messages = [prepare_message(self.style, message) for message in dialog.messages]
         if self.remembers and not dialog.tools and all(map(self._is_plain, messages)):
-            known = self._of_shape(_shape(messages), with_prompt)
-            if known is not None:
-                return _filled(known, messages)
+            plan = self._of_shape(_shape(messages), with_prompt)
+            if plan is not None:
+                return _filled(plan, messages)
         return self._write(messages, dialog.tools, with_prompt)
 
     def mark(self, dialog: Dialog) -> tuple[list[Message], list[Any]]:
@@ -94,11 +104,11 @@ class Scribe:
             and not self.style.encoder.pattern.search(text)
         )
 
-    def _examine(self, shape: _Shape, with_prompt: bool) -> Transcript | None:
-        """The transcript of a shape; None where it depends on more than the shape, or cannot be written."""
+    def _examine(self, shape: _Shape, with_prompt: bool) -> _Plan | None:
+        """What conversations of a shape have in common; None where it depends on more than the shape."""
         written = []
-        for sample in _SAMPLES:
-            messages = [_sample(index, form, sample) for index, form in enumerate(shape)]
+        samples = [[_sample(index, form, text) for index, form in enumerate(shape)] for text in _SAMPLES]
+        for messages in samples:
             try:
                 written.append(write_transcript(self.style, messages, [], with_prompt=with_prompt))
             except (MarksMatterError, DataError):
@@ -106,7 +116,15 @@ class Scribe:
         first, second = written
         if first.refused or second.refused or _skeleton(first) != _skeleton(second):
             return None
-        return first
+        encoder = self.style.encoder
+        stretches = {stretch for run in (*first.runs, first.prompt or ()) for stretch in run}
+        plan = _Plan(first, {stretch: _pieces_of(encoder, stretch) for stretch in stretches})
+        for messages in samples:  # tokenizers whose control tokens swallow blanks, or that look across them
+            filled = _filled(plan, [without_marks(message) for message in messages])
+            for stretch in (stretch for run in (*filled.runs, filled.prompt or ()) for stretch in run):
+                if encoder.encode_pieces([stretch.pieces]) != encoder.encode([stretch.text]):
+                    return _Plan(first, {})
+        return plan
 
 
 def _shape(messages: Sequence[Message]) -> _Shape:
@@ -145,7 +163,7 @@ def _skeleton(transcript: Transcript) -> Any:
     return [[([t if n is None else n for t, n in s.parts], s.message) for s in run] for run in runs], transcript.added
 
 
-def _filled(transcript: Transcript, messages: Sequence[Message]) -> Transcript:
+def _filled(plan: _Plan, messages: Sequence[Message]) -> Transcript:
     texts: dict[int, str] = {}
     for index, message in enumerate(messages):
         texts[content_number(index)] = message.content.strip()
@@ -154,9 +172,36 @@ def _filled(transcript: Transcript, messages: Sequence[Message]) -> Transcript:
 
     def fill(run: tuple[Stretch, ...]) -> tuple[Stretch, ...]:
         return tuple(
-            Stretch(tuple((t, n) if n is None else (texts[n], n) for t, n in stretch.parts), stretch.message)
+            Stretch(
+                tuple([(t, n) if n is None else (texts[n], n) for t, n in stretch.parts]),
+                stretch.message,
+                _filled_pieces(plan.pieces.get(stretch), texts),
+            )
             for stretch in run
         )
 
+    transcript = plan.transcript
     prompt = None if transcript.prompt is None else fill(transcript.prompt)
     return replace(transcript, runs=tuple(map(fill, transcript.runs)), prompt=prompt)
+
+
+def _filled_pieces(pieces: _Pieces | None, texts: Mapping[int, str]) -> tuple[str | tuple[int, ...], ...] | None:
+    if pieces is None:
+        return None
+    return tuple(
+        [p if isinstance(p, tuple) else "".join([t if isinstance(t, str) else texts[t] for t in p]) for p in pieces]
+    )
+
+
+def _pieces_of(encoder: Encoder, stretch: Stretch) -> _Pieces:
+    """A stretch in pieces: ids of what is the same whatever the contents are, and lists of texts and marks' numbers."""
+    pieces: list[tuple[int, ...] | list[str | int]] = [[]]
+    for text, number in stretch.parts:
+        for piece in encoder.split_markup(text) if number is None else [number]:
+            if isinstance(piece, tuple):
+                pieces += [piece, []]
+            elif piece != "":
+                last = pieces[-1]
+                assert isinstance(last, list)
+                last.append(piece)
+    return tuple(piece for piece in pieces if piece)

@@ -61,7 +61,7 @@ def _shown(converter: Converter, row: Dialog | PlainText, example: Example, kept
     renderer = converter.renderer
     texts = token_texts(renderer.style.encoder, example.tokens)
     owners = _owners(converter, row, example, texts)
-    tokens = []
+    tokens: list[ShownToken] = []
     for index, (token, text, owner) in enumerate(zip(example.tokens, texts, owners, strict=True)):
         weight = float(example.weights[index])
         kind: TokenKind = "scaffold" if owner is None else "context"

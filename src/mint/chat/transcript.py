@@ -60,14 +60,20 @@ class Stretch:
     """Text that is encoded on its own. parts: texts and the numbers of the marks they stand in (None: the template's own).
 
     message: the answer that the stretch begins with, up to its end-of-turn token; None where nothing is to be learned.
+    known: the same text in pieces of which some are encoded already; None where it has to be encoded whole.
     """
 
     parts: tuple[tuple[str, int | None], ...]
     message: int | None
+    known: tuple[str | tuple[int, ...], ...] | None = None
 
     @property
     def text(self) -> str:
         return "".join(text for text, _ in self.parts)
+
+    @property
+    def pieces(self) -> tuple[str | tuple[int, ...], ...]:
+        return (self.text,) if self.known is None else self.known
 
 
 @dataclass(frozen=True, slots=True)
