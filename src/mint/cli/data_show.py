@@ -181,7 +181,8 @@ def _scored(view: View, model: str | None, checkpoint: str) -> tuple[list[ShownR
         base = service.create_sampling_client(None, base_model)
         scored = scored_rows(shown, tuned, base)
         console = make_console(stderr=True)
-        shown = list(track(scored, "scoring", total=len(shown), console=console, transient=True))
+        quiet = not console.is_terminal
+        shown = list(track(scored, "scoring", total=len(shown), console=console, transient=True, disable=quiet))
     return shown, {"model": base_model, "checkpoint": path, **facts}
 
 
