@@ -196,11 +196,11 @@ SCORED = ShownRow(
         (
             token("<user>", "scaffold"),
             token("Hi\n", message=0, nll=1.0, nll_before=3.0),
-            token("a", "trained", nll=0.5, nll_before=2.0),
+            token("a", "trained", nll=1.0, nll_before=2.0),
             token("b", "trained", nll=0.5, nll_before=1.0),
             token("c", "trained", nll=0.5, nll_before=0.5),
             token("d", "trained", nll=0.5, nll_before=0.3),
-            token("e", "trained", nll=5.5, nll_before=0.5),
+            token("e", "trained", nll=2.0, nll_before=1.0),
             token("f", "truncated"),
         ),
     ),

@@ -18,14 +18,14 @@ STYLES = {"trained": "bold green", "context": "", "scaffold": "dim cyan", "trunc
 NAMES = {"trained": "trained", "context": "context", "scaffold": "chat template", "truncated": "cut off"}
 BRACKETS = {"trained": ("⟦", "⟧"), "truncated": ("⟪", "⟫")}
 
-# Styles of trained tokens by how a checkpoint changed their NLL: the first whose bound, in nats, is above the change.
-CHANGES = (
-    (-1.0, "bold bright_cyan", "better by 1 or more"),
-    (-0.1, "cyan", "better"),
-    (0.1, "", "about the same"),
-    (1.0, "yellow", "worse"),
-    (float("inf"), "bold bright_red", "worse by 1 or more"),
-)
+# Of trained tokens, by how a checkpoint changed their NLL in nats; see `_change_name`.
+CHANGES = {
+    "better by 1 or more": "bold bright_cyan",
+    "better": "cyan",
+    "about the same": "",
+    "worse": "yellow",
+    "worse by 1 or more": "bold bright_red",
+}
 UNTRAINED = "dim"
 
 
@@ -54,7 +54,7 @@ def legend(*, by_change: bool, coloured: bool) -> Text:
     signs = Text("↵ line feed, ◌ part of a character", "dim")
     if not by_change or not coloured:
         return Text("  ").join([*kinds, signs])
-    changes = [Text(name, style) for _, style, name in CHANGES]
+    changes = [Text(name, style) for name, style in CHANGES.items()]
     return Text("  ").join([Text("trained, NLL in nats:"), *changes, Text("not trained", UNTRAINED), kinds[-1], signs])
 
 
@@ -134,8 +134,13 @@ def _change_style(token: ShownToken) -> str:
         return STYLES["truncated"]
     if not token.weight or token.nll is None or token.nll_before is None:
         return UNTRAINED
-    change = token.nll - token.nll_before
-    return next(style for bound, style, _ in CHANGES if change < bound)
+    return CHANGES[_change_name(token.nll - token.nll_before)]
+
+
+def _change_name(change: float) -> str:
+    if abs(change) < 0.1:
+        return "about the same"
+    return ("better" if change < 0 else "worse") + (" by 1 or more" if abs(change) >= 1 else "")
 
 
 def _bracketed(text: str, brackets: tuple[str, str] | None) -> str:
