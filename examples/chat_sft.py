@@ -16,13 +16,9 @@ import mint
 from mint import types
 from mint.chat import Renderer, convert_conversations, get_renderer
 from mint.data import Batches, Cursor, load_demo, load_jsonl
+from mint.recipes import mean_nll
 
 QUESTION = "How do I keep basil alive on a windowsill?"
-
-
-def mean_nll(output: types.ForwardBackwardOutput, datums: list[types.Datum]) -> float:
-    """Nats per trained token; MinT's losses are sums."""
-    return output.metrics["loss:sum"] / sum(sum(datum.loss_fn_inputs["weights"]) for datum in datums)
 
 
 def evaluate(client: mint.TrainingClient, datums: list[types.Datum]) -> float:
