@@ -14,7 +14,7 @@ from mint.chat import Converter, ShownRow, get_renderer, show_row
 from mint.data.figures import figures
 from mint.data.scored import scored_rows
 from mint.errors import NumericsError
-from mint.recipes.chat_sft import token_mean_nll
+from mint.recipes.evaluation import mean_nll
 
 ROWS = [
     [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "What is the answer?"}],
@@ -48,8 +48,8 @@ def test_nlls_are_those_that_forward_gives_before_and_after_training(tiny_model:
             nlls = [getattr(token, name) for token in example[1:]]
             assert nlls == pytest.approx((-given["logprobs"].to_numpy()).tolist(), abs=1e-4)
     total = figures(scored)
-    assert total.nll == pytest.approx(token_mean_nll(after, datums), abs=1e-4)
-    assert total.nll_before == pytest.approx(token_mean_nll(before, datums), abs=1e-4)
+    assert total.nll == pytest.approx(mean_nll(after, datums), abs=1e-4)
+    assert total.nll_before == pytest.approx(mean_nll(before, datums), abs=1e-4)
     assert abs(total.change or 0) > 1e-3
 
 
