@@ -236,7 +236,7 @@ def test_an_answer_is_what_the_template_writes_after_the_prompt(setup: Setup) ->
             assert setup.decode(run.ids).endswith(text_of(setup.case.messages[index]) + end)
 
 
-CONTENT_ALONE = [one for one in TRAINABLE if not (one.thinking or one.case.has_reasoning or "calls" in one.case.needs)]
+CONTENT_ALONE = [one for one in TRAINABLE if not (one.case.has_reasoning or "calls" in one.case.needs)]
 
 
 @for_each(CONTENT_ALONE)
