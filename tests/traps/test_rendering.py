@@ -7,6 +7,7 @@ from datetime import datetime
 from typing import Any
 
 import pytest
+from tokenizers import AddedToken
 
 from mint.chat import Converter, conversation_to_datums, convert_conversations, get_renderer, skip_reason
 from mint.errors import DataError, UnsupportedError
@@ -245,6 +246,19 @@ def test_trap_19_special_token_text_in_content(family: str, tokenizer: Any) -> N
     assert len(control_ids(tokenizer, template_ids(tokenizer, harmful))) > len(
         control_ids(tokenizer, clean)
     )  # the trap
+
+
+def test_trap_19_blank_lines_that_are_a_token_are_still_text() -> None:
+    """Gemma's vocabulary has added tokens for runs of newlines, and its template writes one: no control token for that."""
+    tokenizer = make_tokenizer("qwen2_5", FOLDS_SYSTEM.replace("'\\n\\n'", "'\n\n'"))
+    assert "'\n\n'" in tokenizer.chat_template
+    tokenizer.add_tokens([AddedToken("\n\n", special=False, normalized=False)])
+    messages = chat("One.\n\nTwo.", "Three.\n\nFour.")
+    datums, report = convert_conversations([messages], tokenizer, MAX)
+    expected = template_ids(tokenizer, messages)
+    assert expected.count(tokenizer.convert_tokens_to_ids("\n\n")) == 2
+    assert all_tokens(datums[0]) == expected[: len(all_tokens(datums[0]))]
+    assert report.control_text_rows == 0
 
 
 def test_trap_20_content_that_is_none_a_list_or_a_tool_call(qwen3: Any) -> None:
