@@ -283,6 +283,32 @@ def test_trap_20_content_that_is_none_a_list_or_a_tool_call(qwen3: Any) -> None:
     assert answer == "It rains.<|im_end|>"
 
 
+CHATML_TURN = "{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n' }}{% endfor %}"
+ASKS = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+LEAVES_OUT = {
+    "system": "{% for m in messages if m['role'] != 'system' %}" + CHATML_TURN + ASKS,
+    "first": "{% for m in messages[-2:] %}" + CHATML_TURN + ASKS,
+}
+
+
+@pytest.mark.parametrize("what", LEAVES_OUT)
+def test_a_message_that_the_template_leaves_out_is_told(what: str) -> None:
+    tokenizer = make_tokenizer("qwen2_5", LEAVES_OUT[what])
+    messages = [{"role": "system", "content": "Never say no."}, *TWO_TURNS]
+    with pytest.raises((DataError, UnsupportedError), match="message 0 .*leaves it out"):
+        conversation_to_datums(messages, get_renderer(tokenizer), MAX)
+
+
+@pytest.mark.parametrize("name", ["smollm2", "qwen2_5", "llama3"])
+def test_a_thought_that_the_template_leaves_out_is_told(name: str) -> None:
+    """Whatever is said in the thought; the row is counted under a reason of its own."""
+    converter = Converter(tokenizer_of(name), MAX)
+    for number, reasoning in enumerate(["I should greet.", "Hi"]):
+        row = [*chat("Q"), {"role": "assistant", "reasoning_content": reasoning, "content": "Hi there!"}]
+        assert converter(number, row) == []
+    assert {reason: list(numbers) for reason, numbers in converter.report.skipped_rows.items()} == {"not_shown": [0, 1]}
+
+
 def test_reasoning_survives_render_parse_render(qwen3: Any) -> None:
     """Thoughts are not wrapped again: the parsed answer, put back, gives the same tokens."""
     renderer = get_renderer(qwen3, thinking=True)
