@@ -194,7 +194,7 @@ def test_models_are_shown(tiny_model: str) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny_model)
     stored = {p.data_ptr(): p.numel() for p in model.parameters()}  # a tied matrix is stored once
     assert shown["parameters"] == sum(stored.values())
-    assert (shown["chat template"], shown["runs on"]) == ("qwen3", "MinT's own decoder")
+    assert (shown["chat template"], shown["runs on"]) == ("chatml, can think", "MinT's own decoder")
     assert "Qwen3ForCausalLM" in invoke("models", "show", tiny_model).stdout
     pulled = answer("models", "pull", tiny_model)
     assert pulled["path"] == tiny_model

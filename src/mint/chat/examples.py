@@ -151,7 +151,7 @@ def encode_run(renderer: Renderer, run: Sequence[Stretch]) -> list[tuple[list[in
     for stretch, ids in zip(run, renderer.style.encoder.encode_pieces([s.pieces for s in run]), strict=True):
         learned = 0
         if stretch.message is not None:
-            learned = next(index for index, token in enumerate(ids, 1) if token in ends)
+            learned = 1 + min(ids.index(end) for end in ends if end in ids)
         encoded.append((ids, learned))
     return encoded
 

@@ -83,6 +83,11 @@ class Renderer:
         }
 
     @property
+    def can_think(self) -> bool:
+        """Whether the template has a place for thoughts, so that thinking=True is possible."""
+        return self.style.shows_thoughts or bool(self.style.opens_thought)
+
+    @property
     def stop_token_ids(self) -> list[int]:
         """Ids at which sampling has to stop: end of turn first, then end of text; for `SamplingParams`."""
         family, control_ids = self.style.family, self.style.encoder.control_ids
@@ -128,7 +133,7 @@ class Renderer:
     def _read(self, text: str, types: ArgumentTypes, cut_off: bool) -> Answer:
         style = self.style
         reasoning, rest = None, text
-        if style.shows_thoughts or style.opens_thought:
+        if self.can_think:
             opened = style.thinking and bool(style.opens_thought)  # the prompt has begun the thought
             if cut_off and THINK_CLOSE not in text and (opened or text.lstrip("\n").startswith(THINK_OPEN)):
                 return Answer("", text.split(THINK_OPEN)[-1].strip("\n"))  # cut off inside the thought
