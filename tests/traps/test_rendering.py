@@ -295,7 +295,7 @@ LEAVES_OUT = {
 def test_a_message_that_the_template_leaves_out_is_told(what: str) -> None:
     tokenizer = make_tokenizer("qwen2_5", LEAVES_OUT[what])
     messages = [{"role": "system", "content": "Never say no."}, *TWO_TURNS]
-    with pytest.raises((DataError, UnsupportedError), match="message 0 .*leaves it out"):
+    with pytest.raises((DataError, UnsupportedError), match=r"message 0 .*leaves it out"):
         conversation_to_datums(messages, get_renderer(tokenizer), MAX)
 
 
@@ -320,6 +320,29 @@ def test_reasoning_survives_render_parse_render(qwen3: Any) -> None:
     again = answers(conversation_to_datums([*chat("Q"), parsed.message], renderer, MAX))
     assert again == [answer]
     assert qwen3.decode(answer.tokens).count("<think>") == 1
+
+
+OPENS_A_THOUGHT = (
+    "{% for m in messages %}{% set said = m['content'] %}{% if m['role'] == 'assistant' and '</think>' in said %}"
+    "{% set said = said.split('</think>')[-1] %}{% endif %}"
+    "{{ '<|im_start|>' + m['role'] + '\\n' + said + '<|im_end|>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n<think>\\n' }}{% endif %}"
+)
+
+
+def test_thoughts_written_into_answers_where_the_prompt_opens_one() -> None:
+    """As DeepSeek-R1's templates and data have it: the thought goes on from the prompt, and the history is without it."""
+    tokenizer = make_tokenizer("qwen3", OPENS_A_THOUGHT)
+    messages = chat("Q", "<think>\nFirst.\n</think>\n\nOne.", "R", "<think>\nSecond.\n</think>\n\nTwo.")
+    renderer = get_renderer(tokenizer, thinking=True)
+    found = answers(conversation_to_datums(messages, renderer, MAX))
+    assert [answer.tokens for answer in found] == [
+        plain_ids(tokenizer, f"{thought}\n</think>\n\n{said}<|im_end|>")
+        for thought, said in (("First.", "One."), ("Second.", "Two."))
+    ]
+    assert [answer.prompt for answer in found] == [renderer.prompt(messages[:turn]) for turn in (1, 3)]
+    assert found[0].prompt == template_ids(tokenizer, messages[:1], add_generation_prompt=True)
+    assert "First." not in tokenizer.decode(found[1].prompt)
 
 
 @pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking"])
