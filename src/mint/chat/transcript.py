@@ -192,6 +192,7 @@ def write_prompt(style: Style, messages: Sequence[Message], tools: Sequence[Any]
         )
     prompt = _without_tags(_write(style, messages, tools, as_prompt=True))
     _require_shown(messages, prompt)
+    _require_tools(tools, prompt)
     return prompt if style.thinking else prompt.removesuffix(style.opens_thought)
 
 
@@ -346,6 +347,17 @@ def _require_shown(messages: Sequence[Message], text: str) -> None:
             raise data_error(
                 "not_shown", f"message {index} ({message.role}): the chat template leaves it out or changes its text"
             )
+
+
+def _require_tools(tools: Sequence[Any], text: str) -> None:
+    names = [str(tool.get("function", tool).get("name")) for tool in tools]
+    missing = [name for name in names if name not in text]
+    if missing:
+        raise data_error(
+            "not_shown",
+            f"the chat template leaves out the tools {', '.join(missing)}; remove 'tools', or use a tokenizer whose template "
+            "shows them",
+        )
 
 
 def _is_said(part: str, text: str) -> bool:
