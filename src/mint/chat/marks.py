@@ -17,6 +17,14 @@ _OPENING: Final = re.compile(f"{OPEN}(\\d+){SEP}")
 _MARK: Final = re.compile(f"{OPEN}\\d+{SEP}|{CLOSE}")
 
 
+def content_number(message: int) -> int:
+    return 2 * message
+
+
+def reasoning_number(message: int) -> int:
+    return 2 * message + 1
+
+
 def mark(number: int, text: str) -> str:
     """`text` marked as message `number`'s; whitespace around it stays outside, so that templates trim as they would."""
     core = text.strip()

@@ -13,18 +13,16 @@ from functools import lru_cache
 from typing import Any, Final
 
 from mint.chat.encoding import Encoder
-from mint.chat.marks import mark
+from mint.chat.marks import content_number, mark, reasoning_number
 from mint.chat.messages import Dialog, Message
 from mint.chat.transcript import (
     MarksMatterError,
     Stretch,
     Style,
     Transcript,
-    content_number,
     guard_tools,
     mark_message,
     prepare_message,
-    reasoning_number,
     without_marks,
     write_transcript,
 )

@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Final
 
 from mint.chat.encoding import Encoder, make_encoder
-from mint.chat.families import FAMILIES, THINK_OPEN, Family, read_text, split_reasoning
+from mint.chat.families import FAMILIES, THINK_OPEN, Answer, Family, split_reasoning
 from mint.chat.marks import CLOSE, mark, unmarked
 from mint.chat.messages import Message, ToolCall
 from mint.chat.template import ChatTemplate, TemplateRefusedError, display_name
@@ -65,7 +65,7 @@ def _probes(shows_thoughts: bool) -> Iterator[Message]:
 
 def _reads_back(style: Style, probe: Message) -> bool:
     """Whether the family's reader gives back what the template writes of `probe`; also if the template refuses tools."""
-    style = replace(style, thinking=style.thinking or probe is _THOUGHT)
+    style = replace(style, thinking=probe is _THOUGHT)
     tools = [_TOOL] if probe is _CALLING else []
     try:
         transcript = write_transcript(style, [_QUESTION, probe], tools, with_prompt=False)
@@ -97,7 +97,7 @@ def _generic(template: ChatTemplate, encoder: Encoder) -> Family:
     _, _, after = _text(template, [_QUESTION, marked]).partition(CLOSE)
     _, _, between = _text(template, [_QUESTION, marked, _QUESTION]).partition(CLOSE)
     # what follows an answer whatever comes next ends it; the last of that is what the model stops at
-    last, later = ([token for token in encoder.pattern.split(text)[1::2]] for text in (after, between))
+    last, later = (encoder.pattern.split(text)[1::2] for text in (after, between))
     shared = [token for token, other in zip(last, later, strict=False) if token == other]
     found = shared or last
     if not found:
@@ -107,12 +107,15 @@ def _generic(template: ChatTemplate, encoder: Encoder) -> Family:
             f"({unmarked(after[:40])!r} follows it), so a model trained with it would never learn to stop; "
             f"use a template that ends answers with a special token such as {eos!r}"
         )
-    return Family("generic", (found[-1] if shared else found[0],), (), read_text)
+    end = found[-1] if shared else found[0]
+    closing = after[: after.index(end)]  # what a template writes between an answer and the token that ends it
+    return Family("generic", (end,), (), lambda text, _: Answer(text.removesuffix(closing)))
 
 
 def _require_usable(style: Style) -> None:
     try:
-        transcript = write_transcript(style, [_QUESTION, _ANSWER], [], with_prompt=False)
+        plain = replace(style, thinking=False)
+        transcript = write_transcript(plain, [_QUESTION, _ANSWER], [], with_prompt=False)
         if transcript.refused:
             raise transcript.refused[1]
     except MarksMatterError:

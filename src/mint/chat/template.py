@@ -109,9 +109,19 @@ def open_template(tokenizer: Tokenizer, date: str | None) -> ChatTemplate:
             "frozen; set tokenizer.chat_template to one with strftime_now('...') or without a date"
         )
     runnable = _TAG.sub(lambda tag: f"{{{{{tag[1]} '{UNTAGGED if tag[2] else TAGGED}' {tag[3]}}}}}", runnable)
-    return ChatTemplate(
-        tokenizer, source, runnable, shown, bool(_TAG.search(source)), read_source(_TAG.sub("", source))
-    )
+    reading = _reading(tokenizer, source)
+    return ChatTemplate(tokenizer, source, runnable, shown, bool(_TAG.search(source)), reading)
+
+
+def _reading(tokenizer: Tokenizer, source: str) -> Reading:
+    from jinja2 import TemplateSyntaxError
+
+    try:
+        return read_source(_TAG.sub("", source))
+    except TemplateSyntaxError as error:
+        raise UnsupportedError(
+            f"{display_name(tokenizer)}: its chat template is not valid Jinja: {error.message} (line {error.lineno})"
+        ) from None
 
 
 def display_name(tokenizer: Tokenizer) -> str:

@@ -75,7 +75,8 @@ def _depends_on_texts(tree: nodes.Template) -> bool:
     if any(test.name not in _HARMLESS_TESTS and is_text(test.node) for test in tree.find_all(nodes.Test)):
         return True
     # a part of a list of parts is fine: content[0]["text"]; and of what split() gives
-    parts = {id(node.node) for node in tree.find_all((nodes.Getattr, nodes.Getitem)) if not _is_index(node)}
+    parts = {id(node.node) for node in tree.find_all(nodes.Getattr)}
+    parts |= {id(node.node) for node in tree.find_all(nodes.Getitem) if not _is_index(node)}
     for item in tree.find_all(nodes.Getitem):
         if _is_index(item) and id(item) not in parts and not isinstance(item.node, nodes.Call) and is_text(item.node):
             return True

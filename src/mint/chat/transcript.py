@@ -13,9 +13,19 @@ from typing import Any, Final
 
 from mint.chat.encoding import Encoder
 from mint.chat.families import THINK_CLOSE, THINK_OPEN, Family, split_reasoning
-from mint.chat.marks import TAGGED, UNTAGGED, mark, marked_parts, numbers_in, unmarked
+from mint.chat.marks import (
+    TAGGED,
+    UNTAGGED,
+    content_number,
+    mark,
+    marked_parts,
+    numbers_in,
+    reasoning_number,
+    unmarked,
+)
 from mint.chat.messages import Message, ToolCall, data_error
 from mint.chat.template import ChatTemplate, TemplateRefusedError
+from mint.chat.verify import no_continuation, require_answer, require_shown, require_tools, thinking_mismatch
 from mint.errors import DataError
 
 _EMPTY_THOUGHT: Final = re.compile(rf"\n?{THINK_OPEN}\n*{THINK_CLOSE}\n*")
@@ -90,14 +100,6 @@ class Transcript:
     refused: Mapping[int, DataError]
     prompt: tuple[Stretch, ...] | None
     added: tuple[str, ...]
-
-
-def content_number(message: int) -> int:
-    return 2 * message
-
-
-def reasoning_number(message: int) -> int:
-    return 2 * message + 1
 
 
 def prepare_message(style: Style, message: Message) -> Message:
@@ -191,15 +193,15 @@ def write_prompt(style: Style, messages: Sequence[Message], tools: Sequence[Any]
             "user message before it, or use train_on='last_assistant'",
         )
     prompt = _without_tags(_write(style, messages, tools, as_prompt=True))
-    _require_shown(messages, prompt)
-    _require_tools(tools, prompt)
+    require_shown(messages, prompt)
+    require_tools(tools, prompt)
     return prompt if style.thinking else prompt.removesuffix(style.opens_thought)
 
 
 def whole_text(style: Style, messages: Sequence[Message], tools: Sequence[Any]) -> Stretch:
     """All messages as the template writes them when nothing is to follow, up to the last end-of-turn token."""
     text = _without_tags(_write(style, messages, tools, as_prompt=False))
-    _require_shown(messages, text)
+    require_shown(messages, text)
     if not style.family.next_header_ends:
         text = text[: max((text.rfind(end) + len(end) for end in style.family.ends if end in text), default=len(text))]
     return _stretch(text, None)
@@ -246,7 +248,7 @@ def _write_turn(style: Style, messages: Sequence[Message], tools: Sequence[Any])
     tagged = _write(style, messages, tools, as_prompt=False)
     answer = _answer_after(style, messages, tools, prompt, _without_tags(tagged))
     answer = _up_to_the_end(style, answer, message, index)
-    _require_answer(style, message, index, answer)
+    require_answer(message, index, answer, thoughts_are_off=bool(style.opens_thought) and not style.thinking)
     lead = _untrained_lead(style, prompt, tagged, answer)
     return Turn(index, prompt, lead, answer[len(lead) :])
 
@@ -257,7 +259,12 @@ def _answer_after(style: Style, messages: Sequence[Message], tools: Sequence[Any
     if full.startswith(prompt):
         return full[len(prompt) :]
     unopened = prompt.removesuffix(style.opens_thought)
-    if style.thinking and unopened != prompt and full.startswith(unopened):
+    if (
+        style.thinking
+        and unopened != prompt
+        and full.startswith(unopened)
+        and not full.startswith(unopened + THINK_OPEN)
+    ):
         # the prompt begins a thought, but the template writes none into finished answers
         return f"{message.reasoning or ''}\n{THINK_CLOSE}\n\n{full[len(unopened) :]}"
     # a template may write the history otherwise once the answer is there; the answer itself follows the same opening
@@ -266,7 +273,9 @@ def _answer_after(style: Style, messages: Sequence[Message], tools: Sequence[Any
     _, found, answer = full.rpartition(opening) if opening and opening != prompt else ("", "", "")
     if found and content_number(index) in numbers_in(answer):
         return answer
-    raise _no_continuation(style, prompt, full, message, index)
+    if message.reasoning and not style.thinking and style.template.has_thinking_switch:
+        raise thinking_mismatch(index)
+    raise no_continuation(prompt, full, index)
 
 
 def _untrained_lead(style: Style, prompt: str, tagged: str, answer: str) -> str:
@@ -285,28 +294,6 @@ def _untrained_lead(style: Style, prompt: str, tagged: str, answer: str) -> str:
     return answer[: found.end() - len(begun)] if found and found.end() > len(begun) else ""
 
 
-def _thinking_mismatch(index: int) -> DataError:
-    return data_error(
-        "thinking_mismatch",
-        f"message {index} has a thought, but the prompt says that there is none (thinking=False); "
-        "use get_renderer(tokenizer, thinking=True) or remove the thoughts",
-    )
-
-
-def _no_continuation(style: Style, prompt: str, full: str, message: Message, index: int) -> DataError:
-    if message.reasoning and not style.thinking and style.template.has_thinking_switch:
-        return _thinking_mismatch(index)
-    shared = next(
-        (i for i, (a, b) in enumerate(zip(prompt, full, strict=False)) if a != b), min(len(prompt), len(full))
-    )
-    return data_error(
-        "no_continuation",
-        f"message {index} does not continue its prompt: the template's prompt goes on with "
-        f"{unmarked(prompt[shared : shared + 40])!r} where the finished conversation has "
-        f"{unmarked(full[shared : shared + 40])!r}; the model would be trained on what it is never given",
-    )
-
-
 def _up_to_the_end(style: Style, answer: str, message: Message, index: int) -> str:
     """`answer` up to and with its end-of-turn text."""
     family = style.family
@@ -321,49 +308,6 @@ def _up_to_the_end(style: Style, answer: str, message: Message, index: int) -> s
         )
     start, end = min(found)
     return answer[: start + len(end)]
-
-
-def _require_answer(style: Style, message: Message, index: int, answer: str) -> None:
-    """That the answer says all that the message does."""
-    wanted = [("content", message.content), ("reasoning", message.reasoning or "")]
-    wanted += [("tool call", call.name) for call in message.tool_calls]
-    for what, said in wanted:
-        if _is_said(said, answer):
-            continue
-        if what == "reasoning" and style.opens_thought and not style.thinking:
-            raise _thinking_mismatch(index)
-        raise data_error(
-            "not_shown",
-            f"message {index}: the chat template leaves out or changes its {what}; remove it, or use a tokenizer whose "
-            "template shows it",
-        )
-
-
-def _require_shown(messages: Sequence[Message], text: str) -> None:
-    """That the text has what every message says. Thoughts may go, and what an assistant says beside a thought or a call."""
-    for index, message in enumerate(messages):
-        may_go = message.role == "assistant" and (message.tool_calls or message.reasoning)
-        if not may_go and not _is_said(message.content, text):
-            raise data_error(
-                "not_shown", f"message {index} ({message.role}): the chat template leaves it out or changes its text"
-            )
-
-
-def _require_tools(tools: Sequence[Any], text: str) -> None:
-    names = [str(tool.get("function", tool).get("name")) for tool in tools]
-    missing = [name for name in names if name not in text]
-    if missing:
-        raise data_error(
-            "not_shown",
-            f"the chat template leaves out the tools {', '.join(missing)}; remove 'tools', or use a tokenizer whose template "
-            "shows them",
-        )
-
-
-def _is_said(part: str, text: str) -> bool:
-    """Whether what is marked in `part` is in `text`; where marks could not be used, its text."""
-    numbers = numbers_in(part)
-    return set(numbers) <= set(numbers_in(text)) if numbers else part.strip() in text
 
 
 def _stretch(text: str, message: int | None) -> Stretch:

@@ -210,7 +210,7 @@ def test_concatenated_examples_train_every_answer_once_after_the_samplers_prompt
 @for_each(TRAINABLE)
 def test_an_answer_is_what_the_template_writes_after_the_prompt(setup: Setup) -> None:
     """Also where the sampler's tokens differ from those of the template in one piece, the text is the same."""
-    end = ALL_FAMILIES[setup.name].end_of_turn
+    end = ALL_FAMILIES[setup.name].closing + ALL_FAMILIES[setup.name].end_of_turn
     runs = [run for datum in trained(setup) for run in datum]
     compared = 0
     for run, index in zip(runs, setup.case.answers, strict=True):
@@ -242,7 +242,7 @@ CONTENT_ALONE = [one for one in TRAINABLE if not (one.case.has_reasoning or "cal
 @for_each(CONTENT_ALONE)
 def test_trained_text_is_the_answers_and_their_end_tokens(setup: Setup) -> None:
     """Also where the template puts an empty thought before an answer that has none: a model is not taught to skip it."""
-    end = ALL_FAMILIES[setup.name].end_of_turn
+    end = ALL_FAMILIES[setup.name].closing + ALL_FAMILIES[setup.name].end_of_turn
     opening = "" if setup.thinking else OPENING.get(setup.name, "")
     texts = [setup.decode(run.ids) for datum in trained(setup) for run in datum]
     assert texts == [opening + text_of(setup.case.messages[index]) + end for index in setup.case.answers]

@@ -36,6 +36,7 @@ class Family:
     adds_bos: bool = False  # encode() puts a BOS in front unless told not to
     # "blank": as Phi-3's, with a blank before every text between special tokens, which swallow whitespace after them
     vocabulary: Literal["bytes", "pieces", "blank"] = "bytes"
+    closing: str = ""  # what stands between an answer and its end_of_turn
 
 
 _CHATML = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
@@ -108,7 +109,15 @@ MORE_FAMILIES = {
         Family("glm4moe", _GLM, "<|endoftext|>", "<|user|>", added=_GLM_ADDED),
         Family("gptoss", _GPTOSS, "<|return|>", "<|return|>", bos="<|startoftext|>"),
         Family("lfm2_v2", _LFM2, _IM_END, _IM_END, bos="<|startoftext|>", adds_bos=True),
-        Family("cohere2", _COHERE, "<|END_OF_TURN_TOKEN|>", "<|END_OF_TURN_TOKEN|>", bos="<BOS_TOKEN>", adds_bos=True),
+        Family(
+            "cohere2",
+            _COHERE,
+            "<|END_OF_TURN_TOKEN|>",
+            "<|END_OF_TURN_TOKEN|>",
+            bos="<BOS_TOKEN>",
+            adds_bos=True,
+            closing="<|END_RESPONSE|>",
+        ),
         Family("nemotron_3_nano", _CHATML, _IM_END, _IM_END, bos="<s>", added=_QWEN_ADDED),
         Family("qwen2_5_training", _CHATML, _IM_END, _IM_END, added=_QWEN_ADDED[2:], default_system=_QWEN),
     )
