@@ -56,6 +56,7 @@ def check(
         ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Chooses the test rows of a file, as in mint sft.")] = 0,
+    cache: Annotated[bool, typer.Option("--cache", help="Keep converted rows in MINT_HOME/cache.")] = False,
     as_json: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Write everything as JSON; - is stdout.")
     ] = None,
@@ -71,7 +72,7 @@ def check(
         from mint.recipes.interrupt import StopOnCtrlC
 
         chats = load_chat_set(dataset, test=test_file, seed=seed)
-        checking = _prepare(chats, model, _length(max_length), train_on, on_overlong, limit, max_loss, console)
+        checking = _prepare(chats, model, _length(max_length), train_on, on_overlong, limit, max_loss, cache, console)
         with StopOnCtrlC(console, "finishing this row, then showing what was seen") as stop:
             found = run_check(checking, console, stop)
         if as_json == STDOUT:
@@ -94,10 +95,11 @@ def _length(text: str) -> int | None:
 
 def _prepare(
     chats: Any, model: str, max_length: int | None, train_on: Any, on_overlong: Any, limit: int | None, max_loss: float,
-    console: Console,
+    cache: bool, console: Console,
 ) -> DataCheck:  # fmt: skip
     import mint
     from mint.chat import Converter, get_renderer
+    from mint.data import cached
     from mint.data.certificate import model_facts
     from mint.data.checking import DataCheck, propose_max_length
     from mint.hub import load_tokenizer, resolve_model
@@ -116,7 +118,8 @@ def _prepare(
         )
     facts = model_facts(model, tokenizer, revision=source.revision, context=context)
     converter = Converter(renderer, max_length, train_on, on_overlong=on_overlong)
-    return DataCheck(chats, converter, facts, mint_version=mint.__version__, limit=limit, max_loss=max_loss)
+    kept = cached(converter) if cache else converter
+    return DataCheck(chats, kept, facts, mint_version=mint.__version__, limit=limit, max_loss=max_loss)
 
 
 def _context(folder: Path) -> int | None:

@@ -23,7 +23,8 @@ from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 import numpy as np
 
 from mint import types
-from mint.chat import ConversionReport, Converter
+from mint.chat import ConversionReport, Converter, Renderer
+from mint.chat.examples import Rules
 from mint.chat.report import RowOutcome
 from mint.errors import DataError, UnsupportedError
 from mint.settings import Settings
@@ -130,6 +131,14 @@ class CachedConverter:
     def __init__(self, converter: Converter, store: DiskCache) -> None:
         self._converter, self._store = converter, store
         self._fingerprint = fingerprint(converter)
+
+    @property
+    def renderer(self) -> Renderer:
+        return self._converter.renderer
+
+    @property
+    def rules(self) -> Rules:
+        return self._converter.rules
 
     @property
     def report(self) -> ConversionReport:

@@ -12,6 +12,7 @@ import numpy as np
 from mint.chat import Converter, Renderer, TrainOn, skip_reason
 from mint.chat.examples import Conversion
 from mint.chat.report import RowOutcome
+from mint.data.cache import CachedConverter
 from mint.data.certificate import MAX_LOSS, Certificate, DroppedRows, Lengths, ModelFacts, SplitCertificate
 from mint.data.chat_sets import ChatSet
 from mint.data.duplicates import DuplicateFinder, Split
@@ -33,7 +34,7 @@ class DataCheck:
     def __init__(
         self,
         chats: ChatSet,
-        converter: Converter,
+        converter: Converter | CachedConverter,
         model: ModelFacts,
         *,
         mint_version: str,
@@ -133,7 +134,7 @@ class _SplitCounter:
 
 def check_chat_set(
     chats: ChatSet,
-    converter: Converter,
+    converter: Converter | CachedConverter,
     model: ModelFacts,
     *,
     mint_version: str,

@@ -271,9 +271,10 @@ def prepare(config: ChatSftConfig, chats: ChatSet, client: mint.TrainingClient, 
     held_out = evaluation_set(first_usable(chats.test, config.eval_size, testing), client.get_tokenizer())
     if testing.report.skipped:
         console.print(f"test rows skipped: {testing.report.skipped}", style="yellow")
-    converter = Converter(renderer, config.max_length, train_on)
+    plain = Converter(renderer, config.max_length, train_on)
+    converter = cached(plain) if config.cache else plain
     certificate = certify(chats, converter, config.base_model, client.get_tokenizer(), config.max_loss, console)
-    return Prepared(chats, renderer, cached(converter) if config.cache else converter, held_out, certificate)
+    return Prepared(chats, renderer, converter, held_out, certificate)
 
 
 def worker_count(config: ChatSftConfig, client: mint.TrainingClient) -> int:

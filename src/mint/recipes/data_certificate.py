@@ -11,6 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 import mint
 from mint.chat import Converter
+from mint.data.cache import CachedConverter
 from mint.data.certificate import (
     METADATA_KEY,
     Certificate,
@@ -49,7 +50,12 @@ def run_check(check: DataCheck, console: Console, stop: StopOnCtrlC | None = Non
 
 
 def certify(
-    chats: ChatSet, converter: Converter, model: str, tokenizer: Any, max_loss: float, console: Console
+    chats: ChatSet,
+    converter: Converter | CachedConverter,
+    model: str,
+    tokenizer: Any,
+    max_loss: float,
+    console: Console,
 ) -> Certificate:
     """The certificate of a set that is to be trained on; says what is to be said about it. Counts nothing in `converter`."""
     facts = model_facts(model, tokenizer)

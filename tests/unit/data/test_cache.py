@@ -22,8 +22,10 @@ from tests.unit.chat.tiny_tokenizers import FAMILIES, make_tokenizer, tokenizer_
 
 from mint import settings
 from mint.chat import Converter, UnusableRow, get_renderer
-from mint.data import Batches, CachedConverter, DiskCache, cached
+from mint.data import Batches, CachedConverter, ChatSet, DiskCache, cached
 from mint.data.cache import fingerprint
+from mint.data.certificate import ModelFacts
+from mint.data.checking import check_chat_set
 from mint.errors import UnsupportedError
 
 ROWS: list[Any] = [
@@ -93,6 +95,20 @@ def test_datums_and_report_are_the_same_in_batches_with_and_without_workers():
             assert [next(found) for _ in range(6)] == batches
         assert kept.report == plain.report
     assert (settings.load().cache_dir / "conversions-1.sqlite").stat().st_size > 0
+
+
+def test_the_certificate_of_a_set_is_the_same_and_training_finds_what_it_has_rendered(store):
+    chats = ChatSet("set", [row for row in ROWS if row is not HELLO], [HELLO])
+    facts = ModelFacts("model", None, None, "0" * 64, None)
+    plain = check_chat_set(chats, converter(), facts, mint_version="1")
+    counting = Counting(converter())
+    kept = CachedConverter(counting, store)
+    for _ in range(2):
+        assert check_chat_set(chats, kept, facts, mint_version="1").to_json() == plain.to_json()
+    rendered = counting.rendered
+    for number, row in enumerate(chats.train):
+        kept.outcome(number, row)
+    assert counting.rendered == rendered + 1  # what is not JSON
 
 
 def test_what_decides_an_outcome_decides_the_key():
