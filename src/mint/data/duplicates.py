@@ -4,7 +4,7 @@ Near are two rows whose sets of three-word shingles have a Jaccard similarity of
 MinHash: 16 bands of 5 minima, so a pair of similarity s is found with the probability 1 - (1 - s^5)^16: 0.998 at 0.8,
 0.99992 at 0.85. Each candidate is then compared in full, so no pair is reported by chance.
 
-A row costs 84 bytes until the comparison.
+A row costs 80 bytes until the comparison.
 """
 
 from __future__ import annotations
