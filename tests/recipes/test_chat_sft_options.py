@@ -7,7 +7,9 @@ import re
 import signal
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
+import psutil
 import pytest
 from rich.console import Console
 
@@ -51,7 +53,7 @@ def quiet():
 
 def metrics(out):
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
+    return [{key: value for key, value in row.items() if key not in ("seconds", "wait_seconds")} for row in rows]
 
 
 @pytest.fixture
@@ -155,6 +157,34 @@ def test_resuming_repeats_the_uninterrupted_run_bit_for_bit(config, tmp_path, st
     assert metrics(tmp_path / "parts") == metrics(tmp_path / "whole")
     for key in ("test_nll_before", "test_nll_after", "first_train_loss", "last_train_loss", "samples", "status"):
         assert resumed[key] == whole[key], key
+
+
+def test_workers_and_cache_change_no_number_and_the_wait_is_told(config, tmp_path, mint_home):
+    others = psutil.Process().children()
+    plain = chat_sft(config, tmp_path / "plain", quiet())
+    with_both = replace(config, workers=1, cache=True)
+    for name in ("empty cache", "full cache"):
+        console = quiet()
+        summary = chat_sft(with_both, tmp_path / name, console)
+        assert metrics(tmp_path / name) == metrics(tmp_path / "plain")
+        assert (summary["samples"], summary["rows_skipped"]) == (plain["samples"], plain["rows_skipped"])
+        rows = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        steps = [row for row in rows if "loss" in row]
+        assert all(0 < row["wait_seconds"] < row["seconds"] for row in steps)
+        share = sum(row["wait_seconds"] for row in steps) / sum(row["seconds"] for row in steps)
+        assert summary["wait_share"] == pytest.approx(share)
+        assert f"waited for data {share:.1%} of the time" in console.file.getvalue()
+        assert f"step    6/6  loss {steps[-1]['loss']:.4f}" in console.file.getvalue()
+    assert (mint_home / "cache" / "conversions-1.sqlite").is_file()
+    assert set(psutil.Process().children()) <= set(others)
+
+
+@pytest.mark.parametrize(
+    ("device", "chosen", "expected"), [("cpu", None, 0), ("cuda", None, 1), ("cpu", 2, 2), ("mps", 0, 0)]
+)
+def test_a_worker_prepares_rows_beside_an_accelerator_unless_told_otherwise(config, device, chosen, expected):
+    client = SimpleNamespace(get_info=lambda: SimpleNamespace(device=device))
+    assert recipe.worker_count(replace(config, workers=chosen), client) == expected
 
 
 def test_a_raised_goal_is_remembered_by_a_run_that_is_stopped_on_its_way(config, tmp_path, stop_after):
@@ -283,6 +313,7 @@ def test_bad_options_are_refused_before_anything_is_loaded():
         ({"num_steps": 0}, "num_steps=0: must be at least 1"),
         ({"save_every": -1}, r"save_every=-1: must be 0 \(never in between\)"),
         ({"schedule": "step"}, "schedule='step': allowed are constant, linear, cosine"),
+        ({"workers": -1}, r"workers=-1: must be 0 \(rows are prepared in this process\) or more"),
         ({"warmup_steps": 51}, r"warmup_steps=51: must lie in 0\.\.50"),
     ]:
         with pytest.raises(InputError, match=text):

@@ -76,6 +76,13 @@ def sft(
     save_every: Annotated[
         int | None, typer.Option(min=0, help="Steps between checkpoints; 0: at the end.", show_default="50")
     ] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(min=0, help="Processes that prepare rows ahead; 0: none.", show_default="1 beside a GPU, else 0"),
+    ] = None,
+    cache: Annotated[
+        bool | None, typer.Option("--cache", help="Keep converted rows in MINT_HOME/cache.", show_default=False)
+    ] = None,
     prompt: Annotated[
         list[str] | None, typer.Option(help="Sampled before and after; may be repeated.", show_default="three of ours")
     ] = None,
@@ -125,6 +132,8 @@ def sft(
         "prompts": tuple(prompt) if prompt else None,
         "seed": seed,
         "check_resume": check_resume,
+        "workers": workers,
+        "cache": cache,
         **_modules(modules),
     }
     chosen = {name: value for name, value in given.items() if value is not None}

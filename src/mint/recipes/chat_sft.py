@@ -1,9 +1,9 @@
 """Chat supervised fine-tuning, start to finish, on the public API only. `chat_sft` is one flat function: read it top down.
 
 Losses are NLL in nats per trained token. metrics.jsonl has two kinds of rows. A training step: `step` (how many were done
-with it), `loss` (of its batch), `learning_rate`, `grad_norm`, `tokens`, `seconds`. An evaluation: `step` (done before it)
-and `test_nll`, `test_row_nll`, `test_perplexity`, `test_bits_per_byte`, `test_tokens`, `test_hash`, the fields of an
-`Evaluation`.
+with it), `loss` (of its batch), `learning_rate`, `grad_norm`, `tokens`, `seconds`, `wait_seconds` (of those, until its
+batch was there). An evaluation: `step` (done before it) and `test_nll`, `test_row_nll`, `test_perplexity`,
+`test_bits_per_byte`, `test_tokens`, `test_hash`, the fields of an `Evaluation`.
 """
 
 from __future__ import annotations
@@ -21,16 +21,17 @@ from rich.console import Console
 import mint
 from mint import types
 from mint.chat import Converter, Renderer, TrainOn, get_renderer
-from mint.data import Batches, ChatSet, Conversation, Cursor, load_chat_set
+from mint.data import Batches, CachedConverter, ChatSet, Conversation, Cursor, cached, load_chat_set
 from mint.data.certificate import MAX_LOSS, Certificate
 from mint.errors import DataError, InputError
 from mint.recipes.data_certificate import accept, certify, checkpoint_metadata
-from mint.recipes.evaluation import Evaluation, EvaluationSet, comparison, evaluation_set, mean_nll, measure
+from mint.recipes.evaluation import Evaluation, EvaluationSet, evaluation_set, mean_nll, measure
 from mint.recipes.interrupt import StopOnCtrlC
 from mint.recipes.plots import plot_losses
 from mint.recipes.progress import TrainingProgress
 from mint.recipes.run_folder import PLOT, RunFolder
 from mint.recipes.schedule import Schedule, learning_rate_at
+from mint.recipes.summary import print_summary
 
 PROMPTS = (
     "How do I keep basil alive on a windowsill?",
@@ -48,6 +49,8 @@ class ChatSftConfig:
     max_length: tokens of a conversation; an answer that does not fit is left out and counted.
     eval_size: test rows of every evaluation, always the same ones. eval_every, save_every: steps between two; 0: only
     at the end (and, for evaluations, the beginning).
+    workers: processes that prepare rows ahead of their turn; 0: this one does; None: see `worker_count`. cache: keep what
+    rows were converted to in MINT_HOME/cache. Neither changes a number that is trained.
     max_loss: the share of rows, or of answers, that may be lost; training is refused where it is more.
     check_resume: after saving, take one step more twice, with the run and with one resumed from the checkpoint, and
     compare the bits.
@@ -75,11 +78,15 @@ class ChatSftConfig:
     prompts: tuple[str, ...] = PROMPTS
     sample_tokens: int = 120
     check_resume: bool = False
+    workers: int | None = None
+    cache: bool = False
 
     def __post_init__(self) -> None:
         for name in ("num_steps", "batch_size", "eval_size"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name}={getattr(self, name)}: must be at least 1")
+        if self.workers is not None and self.workers < 0:
+            raise InputError(f"workers={self.workers}: must be 0 (rows are prepared in this process) or more")
         for name in ("eval_every", "save_every"):
             if getattr(self, name) < 0:
                 raise InputError(f"{name}={getattr(self, name)}: must be 0 (never in between) or a number of steps")
@@ -100,7 +107,7 @@ class Prepared:
 
     chats: ChatSet
     renderer: Renderer
-    converter: Converter
+    converter: Converter | CachedConverter
     held_out: EvaluationSet
     certificate: Certificate
 
@@ -141,12 +148,12 @@ def chat_sft(
     prepared = prepare(config, chats, client, console)
     renderer, held_out, certificate = prepared.renderer, prepared.held_out, prepared.certificate
     accept(certificate, folder, resume=resume, data_changed=data_changed)
+    cursor = saved_cursor(service, summary["checkpoint"]) if resume else Cursor()
+    workers = worker_count(config, client)
+    batches = Batches(chats.train, config.batch_size, config.seed, cursor, prepare=prepared.converter, workers=workers)
 
     # before
-    if resume:
-        cursor = saved_cursor(service, summary["checkpoint"])
-    else:
-        cursor = Cursor()
+    if not resume:
         before = evaluate(client, held_out)
         base = service.create_sampling_client(base_model=config.base_model)
         answers = sample_answers(base, renderer, config)
@@ -169,12 +176,12 @@ def chat_sft(
         )  # fmt: skip
 
     # train
-    batches = Batches(chats.train, config.batch_size, config.seed, cursor, prepare=prepared.converter)
     step, after = done, None
     with TrainingProgress(console, config.num_steps, done) as progress, StopOnCtrlC(console) as stop:
         while step < config.num_steps and not stop.requested:
             started = time.perf_counter()
             batch = next(batches)
+            waited = time.perf_counter() - started
             rate = learning_rate_at(step, config.num_steps, config.learning_rate, config.schedule, config.warmup_steps)
             gradient = client.forward_backward(batch, "cross_entropy")
             update = client.optim_step(types.AdamParams(learning_rate=rate))
@@ -184,6 +191,7 @@ def chat_sft(
             metrics.append({
                 "step": step, "loss": loss, "learning_rate": rate, "grad_norm": optimizer["grad_norm"],
                 "tokens": sum(datum.model_input.length for datum in batch), "seconds": time.perf_counter() - started,
+                "wait_seconds": waited,
             })  # fmt: skip
             folder.append_metrics(metrics[-1])
             progress.step_done(metrics[-1])
@@ -201,6 +209,7 @@ def chat_sft(
         folder.write_summary(summary)
 
     # after
+    seconds = max(sum(row.get("seconds", 0.0) for row in metrics), 1e-9)
     losses = [row["loss"] for row in metrics if "loss" in row]
     trained = [row for row in metrics if "tokens" in row]
     summary |= {
@@ -210,7 +219,8 @@ def chat_sft(
         "test_nll_after": after.nll if after and step == config.num_steps else None,  # of the last step
         "evaluation_after": asdict(after) if after and step == config.num_steps else None,
         "tokens": sum(row["tokens"] for row in trained),
-        "tokens_per_second": sum(r["tokens"] for r in trained) / max(sum(r["seconds"] for r in trained), 1e-9),
+        "tokens_per_second": sum(row["tokens"] for row in trained) / seconds,
+        "wait_share": sum(row.get("wait_seconds", 0.0) for row in trained) / seconds,
         "rows_skipped": prepared.converter.report.skipped,
     }
     plot_losses(metrics, out / PLOT, title=f"{config.base_model} on {chats.name}")
@@ -226,7 +236,8 @@ def chat_sft(
                 service, client, summary["checkpoint"], config, batches, console
             )
     folder.write_summary(summary)
-    report(console, prepared, summary, out)
+    print_summary(console, prepared.converter.report, summary, out)
+    batches.close()
     service.close()
     return summary
 
@@ -262,7 +273,16 @@ def prepare(config: ChatSftConfig, chats: ChatSet, client: mint.TrainingClient, 
         console.print(f"test rows skipped: {testing.report.skipped}", style="yellow")
     converter = Converter(renderer, config.max_length, train_on)
     certificate = certify(chats, converter, config.base_model, client.get_tokenizer(), config.max_loss, console)
-    return Prepared(chats, renderer, converter, held_out, certificate)
+    return Prepared(chats, renderer, cached(converter) if config.cache else converter, held_out, certificate)
+
+
+def worker_count(config: ChatSftConfig, client: mint.TrainingClient) -> int:
+    """As configured, else one beside an accelerator. Where the processor trains, preparing a batch takes well under a
+    hundredth of its step, and a worker would cost memory and a second's start to save that.
+    """
+    if config.workers is not None:
+        return config.workers
+    return 0 if str(client.get_info().device) == "cpu" else 1
 
 
 def first_usable(rows: Sequence[Conversation], count: int, converter: Converter) -> list[list[types.Datum]]:
@@ -323,32 +343,6 @@ def resume_one_step(
     console.print(f"the same after resuming: loss {resumed_loss:.6f}, then {resumed_after:.6f} "
                   f"({'bit-equal' if exact else '[red]not bit-equal[/red]'})")  # fmt: skip
     return exact
-
-
-def report(console: Console, prepared: Prepared, summary: dict[str, Any], out: Path) -> None:
-    """What the user wants to know at the end, and what to type next."""
-    console.print(f"\n[bold]training rows[/bold]\n{prepared.converter.report}", highlight=False, soft_wrap=True)
-    if summary["status"] == "finished":
-        sample = summary["samples"][0] if summary["samples"] else None
-        if sample is not None:
-            console.print(f"\n[bold]{sample['prompt']}[/bold]")
-            for when in ("before", "after"):
-                console.print(f"[dim]{when}:[/dim]")
-                console.print(sample[when], markup=False, highlight=False)
-        console.print(f"\ntrain loss: {summary['first_train_loss']:.4f} -> {summary['last_train_loss']:.4f}")
-        before, after = (Evaluation(**summary[f"evaluation_{when}"]) for when in ("before", "after"))
-        console.print(comparison(before, after), highlight=False)
-    else:
-        console.print(f"\n[yellow]interrupted after step {summary['step']}; everything is saved[/yellow]")
-    console.print(f"speed:      {summary['tokens_per_second']:.0f} tokens/s")
-    console.print(f"checkpoint: {summary['checkpoint']}", soft_wrap=True)
-    console.print(
-        f"results:    {out}/ (loss.png, samples.md, metrics.jsonl, summary.json, config.json, data_certificate.json)",
-        soft_wrap=True,
-    )
-    more = "" if summary["status"] == "interrupted" else f" --steps {2 * int(summary['step'])}"
-    console.print(f"go on:      mint sft --resume {out}{more}", soft_wrap=True)
-    console.print(f"talk to it: mint chat {out}", soft_wrap=True)
 
 
 def dry_run(config: ChatSftConfig, console: Console | None = None) -> dict[str, Any]:
