@@ -159,7 +159,7 @@ def candidates(bands: npt.NDArray[np.uint32], chosen: Indices) -> Indices:
     """Pairs of `chosen` rows that agree in a band: [pairs, 2] of row and earlier row, sorted.
 
     bands: [rows, BANDS]. Of many rows that agree, each is paired with the first and with the one before it, so that
-    n equal rows give no more than 2 n pairs, and not n * n.
+    n equal rows give no more than 2 n pairs, and not n * n; a row that is near only a third one of them can be missed.
     """
     codes = np.empty(0, np.int64)  # row * 2^32 + earlier row
     for band in range(BANDS):
