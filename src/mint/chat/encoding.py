@@ -143,7 +143,7 @@ def make_encoder(tokenizer: Tokenizer, template: str) -> Encoder:
     control_ids = {
         token.content: int(token_id)
         for token_id, token in tokenizer.added_tokens_decoder.items()
-        if len(token.content) > 1 and (token.special or token.content in template)
+        if len(token.content) > 1 and (token.special or (token.content in template and token.content.strip()))
     }
     longest_first = sorted(control_ids, key=len, reverse=True)
     # without control tokens: a pattern that matches nothing

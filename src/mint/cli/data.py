@@ -15,5 +15,5 @@ app.command(
 )(check)
 app.command(
     epilog="Example: mint data show packaged --model SmolLM2-135M-Instruct --rows 0,3,10-12\n\n"
-    "Example: mint data show chats.jsonl --html rows.html"
+    "Example: mint data show chats.jsonl --checkpoint out/sft --html page.html"
 )(show)
