@@ -153,11 +153,13 @@ def print_certificate(found: Certificate, console: Console) -> None:
         if name in ("rows", "tokens") or any(cells):
             table.add_row(name, *cells)
     console.print(table, highlight=False)
-    for part in (found.train, found.test):
+    for split, part in (("train", found.train), ("test", found.test)):
         for reason, dropped in part.dropped.items():
-            console.print(
-                f"{reason}: {dropped.first_error}", style="yellow", markup=False, highlight=False, soft_wrap=True
-            )
+            text = f"{split}, {reason}: {dropped.first_error}"
+            console.print(text, style="yellow", markup=False, highlight=False, soft_wrap=True)
+            shown = ",".join(map(str, dropped.rows.first[:_SHOWN]))
+            option = "" if split == "train" else f" --split {split}"
+            console.print(f"  look at them: mint data show ...{option} --rows {shown}", style="dim", highlight=False)
     for note in notes(found):
         console.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
     seen = found.train.rows + found.test.rows
