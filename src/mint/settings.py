@@ -59,6 +59,11 @@ class Settings:
     def downloads_dir(self) -> Path:
         return self.home / "downloads"
 
+    @property
+    def datasets_dir(self) -> Path:
+        """Data files from elsewhere, unpacked ones, and data sets made of packages."""
+        return self.home / "datasets"
+
     @contextlib.contextmanager
     def writing(self, what: str, place: Path, num_bytes: int = 0) -> Iterator[None]:
         """Around what writes below `home`: the system's refusal becomes StorageError. `num_bytes`: how much it takes."""
