@@ -37,12 +37,28 @@ def sft(
         str | None, typer.Option(help="Hub id, folder or packaged model.", show_default="Qwen/Qwen3-0.6B")
     ] = None,
     dataset: Annotated[
-        str | None,
-        typer.Option(help="no_robots, tulu3, packaged, or a JSONL file with 'messages'.", show_default="no_robots"),
+        list[str] | None,
+        typer.Option(
+            help="no_robots, tulu3, packaged, chitchat, a file or folder (JSONL, JSON, CSV, parquet), an http(s) address, "
+            "or owner/name[:split] on the hub. Several make a mixture; NAME=SHARE sets the share of one.",
+            show_default="no_robots",
+        ),
     ] = None,
-    test_file: Annotated[
-        Path | None,
-        typer.Option(help="Rows to evaluate on, where the dataset is a file.", show_default="a tenth of it"),
+    test: Annotated[
+        str | None,
+        typer.Option(
+            "--test",
+            "--test-file",
+            help="Rows to evaluate on: a fraction, a :split of the dataset, or a file, folder, address or hub set.",
+            show_default="its test split, or a tenth",
+        ),
+    ] = None,
+    columns: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="What columns mean, e.g. prompt=question,completion=answer; with SET: before it, for one of several.",
+            show_default="found out",
+        ),
     ] = None,
     offline: Annotated[
         bool,
@@ -102,8 +118,9 @@ def sft(
     console = make_console(stderr=as_json)
     given = {
         "base_model": model,
-        "dataset": dataset,
-        "test_file": str(test_file) if test_file is not None else None,
+        "dataset": (dataset[0] if len(dataset) == 1 else tuple(dataset)) if dataset else None,
+        "test": test,
+        "columns": tuple(columns) if columns else None,
         "num_steps": steps,
         "batch_size": batch_size,
         "learning_rate": learning_rate,
@@ -141,7 +158,6 @@ def _modules(text: str | None) -> dict[str, bool]:
 
 
 def _config(chosen: dict[str, Any], *, offline: bool, epochs: float | None) -> ChatSftConfig:
-    from mint.data import load_chat_set
     from mint.recipes.chat_sft import ChatSftConfig
 
     defaults = OFFLINE if offline else {}
@@ -152,7 +168,7 @@ def _config(chosen: dict[str, Any], *, offline: bool, epochs: float | None) -> C
         return config
     if "num_steps" in chosen:
         raise InputError("give --steps or --epochs, not both")
-    rows = len(_naming_offline(lambda: load_chat_set(config.dataset, test=config.test_file, seed=config.seed)).train)
+    rows = len(_naming_offline(config.load_chats).train)
     return replace(config, num_steps=max(1, int(epochs * (rows // config.batch_size))))
 
 

@@ -70,9 +70,8 @@ def hold_out(rows: Sequence[Any], name: str, seed: int, fraction: float | None) 
     if len(hashes):
         held_out = hashes <= np.partition(hashes, max(1, wanted) - 1)[max(1, wanted) - 1]
     if not len(hashes) or held_out.all():
-        raise DataError(
-            f"{name}: {len(rows)} row(s), all of them equal, cannot be split into train and test rows; give a test file"
-        )
+        what = "one row" if len(rows) == 1 else f"{len(rows)} rows, all of them equal,"
+        raise DataError(f"{name}: {what} cannot be split into train and test rows; give a test file")
     return ChosenRows(rows, np.flatnonzero(~held_out)), ChosenRows(rows, np.flatnonzero(held_out))
 
 

@@ -38,7 +38,7 @@ PROMPTS = (
 class ChatSftConfig:
     """What to train, on what, and how. A step is `batch_size` conversations.
 
-    dataset: a name or file of `mint.data.load_chat_set`; test_file: rows to evaluate on, for files.
+    dataset, test, columns: see `mint.data.load_chat_set`; several data sets are a mixture.
     train_on: None is what the data set is usually trained on. schedule, warmup_steps: see `learning_rate_at`.
     max_length: tokens of a conversation; an answer that does not fit is left out and counted.
     eval_size: test rows of every evaluation, always the same ones. eval_every, save_every: steps between two; 0: only
@@ -48,8 +48,9 @@ class ChatSftConfig:
     """
 
     base_model: str = "Qwen/Qwen3-0.6B"
-    dataset: str = "no_robots"
-    test_file: str | None = None
+    dataset: str | tuple[str, ...] = "no_robots"
+    test: str | None = None
+    columns: tuple[str, ...] = ()
     num_steps: int = 50
     batch_size: int = 4
     learning_rate: float = 1e-4
@@ -84,7 +85,11 @@ class ChatSftConfig:
         unknown = found.keys() - {field.name for field in fields(cls)}
         if unknown:
             raise InputError(f"config.json: unknown options {', '.join(sorted(unknown))}; was another MinT here?")
-        return cls(**{**found, "prompts": tuple(found.get("prompts", PROMPTS))})
+        given: dict[str, Any] = {k: tuple(value) if isinstance(value, list) else value for k, value in found.items()}
+        return cls(**given)
+
+    def load_chats(self) -> ChatSet:
+        return load_chat_set(self.dataset, test=self.test, columns=self.columns, seed=self.seed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +122,7 @@ def chat_sft(
         summary, done = {}, 0
 
     # the run and its data; a new folder is made once both are there
-    chats = load_chat_set(config.dataset, test=config.test_file, seed=config.seed)
+    chats = config.load_chats()
     console.print(f"data: {chats.name}, {len(chats.train):,} conversations to train on, {len(chats.test):,} held out")
     service = mint.ServiceClient()
     if resume:
@@ -125,7 +130,7 @@ def chat_sft(
         folder.write_config(asdict(config))  # a raised goal holds for the next time, too
         metrics = folder.forget_metrics_after(done)
     else:
-        client = create_run(service, config)
+        client = create_run(service, config, chats)
         folder.create(asdict(config))
         metrics = []
     prepared = prepare(config, chats, client, console)
@@ -142,7 +147,7 @@ def chat_sft(
         summary = {
             "status": "training",
             "base_model": config.base_model,
-            "dataset": config.dataset,
+            "dataset": chats.name,
             "test_rows": min(config.eval_size, len(chats.test)),
             "test_nll_before": nll,
             "samples": [{"prompt": p, "before": a, "after": ""} for p, a in zip(config.prompts, answers, strict=True)],
@@ -213,7 +218,7 @@ def chat_sft(
     return summary
 
 
-def create_run(service: mint.ServiceClient, config: ChatSftConfig) -> mint.TrainingClient:
+def create_run(service: mint.ServiceClient, config: ChatSftConfig, chats: ChatSet) -> mint.TrainingClient:
     return service.create_lora_training_client(
         config.base_model,
         rank=config.rank,
@@ -221,7 +226,7 @@ def create_run(service: mint.ServiceClient, config: ChatSftConfig) -> mint.Train
         train_mlp=config.train_mlp,
         train_attn=config.train_attn,
         train_unembed=config.train_unembed,
-        user_metadata={"recipe": "chat_sft", "dataset": config.dataset},
+        user_metadata={"recipe": "chat_sft", "dataset": chats.name},
     )
 
 
@@ -349,9 +354,9 @@ def report(console: Console, prepared: Prepared, summary: dict[str, Any], out: P
 def dry_run(config: ChatSftConfig, console: Console | None = None) -> dict[str, Any]:
     """Two probe steps on the first batches: what the whole run will take. Writes no results; returns the plan."""
     console = console or Console(emoji=False)
-    chats = load_chat_set(config.dataset, test=config.test_file, seed=config.seed)
+    chats = config.load_chats()
     with mint.ServiceClient() as service:
-        client = create_run(service, config)
+        client = create_run(service, config, chats)
         prepared = prepare(config, chats, client, console)
         batches = Batches(chats.train, config.batch_size, config.seed, prepare=prepared.converter)
         steps = []
