@@ -105,6 +105,6 @@ def test_what_is_no_chat_set_is_refused_by_name(tmp_path):
         load_chat_set("packaged", test=0.1)
     write_rows(tmp_path / "one.jsonl", 1)
     with pytest.raises(
-        DataError, match="one.jsonl: one row cannot be split into train and test rows; give a test file"
+        DataError, match=r"one\.jsonl: one row cannot be split into train and test rows; give a test file"
     ):
         load_chat_set(str(tmp_path / "one.jsonl"))
