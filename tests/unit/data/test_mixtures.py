@@ -39,7 +39,7 @@ def test_shares_add_up_to_one():
     assert shares([Part("a"), Part("b")], [30, 10]) == [Fraction(3, 4), Fraction(1, 4)]
     assert shares([Part("a", one * 3), Part("b", one)], [5, 5]) == [Fraction(3, 4), Fraction(1, 4)]
     assert shares([Part("a"), Part("b", third), Part("c")], [30, 9, 10]) == [Fraction(1, 2), third, Fraction(1, 6)]
-    with pytest.raises(InputError, match="add up to 1.5, so nothing is left for a; give every data set a share"):
+    with pytest.raises(InputError, match=r"add up to 1.5, so nothing is left for a; give every data set a share"):
         shares([Part("a"), Part("b", one), Part("c", one / 2)], [1, 1, 1])
 
 
