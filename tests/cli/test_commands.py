@@ -297,3 +297,19 @@ def test_wrong_use_is_exit_code_2() -> None:
         ["sft", "--steps", "0"],
     ):
         assert invoke(*arguments).exit_code == 2
+
+
+def test_sft_takes_a_mixture_with_columns_and_test_rows_and_resumes_it(tiny_model: str, tmp_path: Path) -> None:
+    chats, table, held_out = tmp_path / "chats.jsonl", tmp_path / "table.csv", tmp_path / "held_out.jsonl"
+    chats.write_text("".join(json.dumps({"prompt": f"q{i}", "completion": f"a{i}"}) + "\n" for i in range(9)))
+    table.write_text("question,reply\n" + "".join(f"t{i},yes\n" for i in range(9)))
+    held_out.write_text(json.dumps({"prompt": "q", "completion": "a"}) + "\n")
+    options = [
+        *("--model", tiny_model, "--dataset", str(chats), "--dataset", f"{table}=0.25", "--test", str(held_out)),
+        *("--columns", f"{table}:prompt=question,completion=reply", "--batch-size", "2", "--max-length", "64"),
+    ]
+    out = str(tmp_path / "out")
+    summary = answer("sft", *options, "--epochs", "1", "--rank", "2", "--prompt", "hi", "--out", out)
+    assert summary["step"] == 6  # 9 rows of chats are three quarters, so 12 in all
+    assert (summary["dataset"], summary["test_rows"]) == (f"{chats} + {table}=0.25", 1)
+    assert answer("sft", "--resume", out, "--steps", "7")["step"] == 7
