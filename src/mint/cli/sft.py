@@ -28,6 +28,7 @@ OFFLINE: dict[str, Any] = {
     "check_resume": True,
 }
 TULU3_STEPS = 100
+SHUFFLE_BUFFER = 10_000
 MODULES = ("attn", "mlp", "unembed")
 DEFAULT_OUT = Path("out/sft")
 
@@ -59,6 +60,15 @@ def sft(
             help="What columns mean, e.g. prompt=question,completion=answer; with SET: before it, for one of several.",
             show_default="found out",
         ),
+    ] = None,
+    stream: Annotated[
+        bool,
+        typer.Option(
+            "--stream", help="Read the dataset's files forward, without unpacking or indexing; for huge sets."
+        ),
+    ] = False,
+    shuffle_buffer: Annotated[
+        int | None, typer.Option(min=1, help="Rows that --stream shuffles at a time.", show_default="10000")
     ] = None,
     offline: Annotated[
         bool,
@@ -121,6 +131,7 @@ def sft(
         "dataset": (dataset[0] if len(dataset) == 1 else tuple(dataset)) if dataset else None,
         "test": test,
         "columns": tuple(columns) if columns else None,
+        "shuffle_buffer": (shuffle_buffer or SHUFFLE_BUFFER) if stream else None,
         "num_steps": steps,
         "batch_size": batch_size,
         "learning_rate": learning_rate,
@@ -139,6 +150,8 @@ def sft(
     }
     chosen = {name: value for name, value in given.items() if value is not None}
     with command(console):
+        if shuffle_buffer is not None and not stream:
+            raise InputError("--shuffle-buffer belongs to --stream; without it all rows are shuffled")
         if resume is not None:
             others = chosen.keys() - {"num_steps"}
             if others or out is not None or offline or dry_run or epochs is not None:

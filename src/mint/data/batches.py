@@ -7,9 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Generic, TypeVar
 
-import numpy as np
-import numpy.typing as npt
-
+from mint.data.orders import Order, epoch_order
 from mint.errors import DataError, InputError
 
 T = TypeVar("T")
@@ -38,6 +36,7 @@ class Batches(Generic[T]):
 
     `prepare(number, row)` makes what a row contributes to its batch, when its turn comes: a list, empty where the row
     cannot be used; the next row takes its place. Without it a row is taken as it is. `next(batches)` is one flat list.
+    shuffle_buffer: shuffle blocks of so many rows instead of all, for rows that are streamed (see `epoch_order`).
     A batch holds no row twice: rows that do not fill the last batch of an epoch sit it out, others each time.
 
     Raises InputError where there are fewer rows than a batch takes, DataError where a whole epoch does not fill a batch.
@@ -51,13 +50,16 @@ class Batches(Generic[T]):
         cursor: Cursor | None = None,
         *,
         prepare: Callable[[int, Any], list[T]] | None = None,
+        shuffle_buffer: int | None = None,
     ) -> None:
         if not 1 <= batch_size <= len(rows):
             raise InputError(f"batch_size={batch_size}: must lie in 1..{len(rows)}, the number of rows")
         self._rows, self._batch_size, self._seed = rows, batch_size, seed
         self._prepare: Callable[[int, Any], list[T]] = prepare or _as_it_is
-        self._order: tuple[int, npt.NDArray[np.int64]] | None = None
+        self._shuffle_buffer = shuffle_buffer
         self.cursor = cursor or Cursor()
+        epoch = self.cursor.epoch
+        self._order: tuple[int, Order] = epoch, epoch_order(len(rows), seed, epoch, shuffle_buffer)
 
     @property
     def batches_per_epoch(self) -> int:
@@ -97,10 +99,9 @@ class Batches(Generic[T]):
                 return batch, Cursor(cursor.epoch, position + 1)
         return None, Cursor(cursor.epoch + 1, 0)
 
-    def _epoch_order(self, epoch: int) -> npt.NDArray[np.int64]:
-        if self._order is None or self._order[0] != epoch:
-            key = np.array([self._seed % 2**64, epoch], np.uint64)
-            self._order = epoch, np.random.Generator(np.random.Philox(key=key)).permutation(len(self._rows))
+    def _epoch_order(self, epoch: int) -> Order:
+        if self._order[0] != epoch:
+            self._order = epoch, epoch_order(len(self._rows), self._seed, epoch, self._shuffle_buffer)
         return self._order[1]
 
 

@@ -57,6 +57,7 @@ def load_chat_set(
     test: str | float | Path | None = None,
     columns: str | Sequence[str] | None = None,
     seed: int = 0,
+    shuffle_buffer: int | None = None,
     settings: Settings | None = None,
 ) -> ChatSet:
     """The chat set `name`: one of CHAT_SETS, a file, folder, http(s) address or hub data set (see `open_source`), or a
@@ -68,34 +69,57 @@ def load_chat_set(
         those of their authors, and of the tutorial they are known from.
     columns: what the columns mean, where that is not to be found out: "prompt=question,completion=answer"; with a set's
         name before it, "a.csv:prompt=question", for that set alone.
+    shuffle_buffer: stream the rows of files instead of indexing or converting them, for batches with that shuffle
+        buffer: nothing is unpacked on disk and about twice the buffer is in memory, besides 16 bytes a row where rows
+        are held out by content. One set, no mixture.
     Raises DataError naming what is wrong, InputError, HubUnreachableError within seconds, StorageError.
     """
     parts = [parse_part(text) for text in ([name] if isinstance(name, str) else name)]
     names = [part.name for part in parts]
     if not parts or len(set(names)) < len(parts):
         raise InputError(f"dataset {', '.join(names)!r}: give at least one set, and none twice")
+    if shuffle_buffer is not None and (shuffle_buffer < 1 or len(parts) > 1):
+        raise InputError(
+            f"shuffle_buffer={shuffle_buffer} with {len(parts)} data set(s): streaming takes a buffer of at least 1 and "
+            "one data set (a folder of files is one); leave --stream out to mix several"
+        )
     settings = settings or load_settings()
-    fraction, split, other = _test_rows(test)
+    held_out = _held_out(test)
+    other = held_out.other
     columns_of = _columns_of(columns, [*names, other] if other is not None else names)
-    sets = [_load(n, columns_of[n], seed, settings, fraction=fraction, split=split, other=other) for n in names]
+    window = (
+        None if shuffle_buffer is None else shuffle_buffer + int(shuffle_buffer / (1 - (held_out.fraction or 0.1))) + 1
+    )
+    sets = [_load(name, columns_of[name], seed, settings, held_out, window) for name in names]
     chats = sets[0] if len(sets) == 1 else _mixed(parts, sets, seed)
     if other is None:
         return chats
     return replace(chats, test=open_source(other, columns_of[other], settings, held_out=False).train)
 
 
-def _test_rows(test: str | float | Path | None) -> tuple[float | None, str | None, str | None]:
-    """What is said of the rows to evaluate on: a fraction, a split of the set itself, or another set."""
+@dataclass(frozen=True, slots=True)
+class HeldOut:
+    """What is said of the rows to evaluate on, at most one: a fraction, a split of the set itself, or another set."""
+
+    fraction: float | None = None
+    split: str | None = None
+    other: str | None = None
+
+
+def _held_out(test: str | float | Path | None) -> HeldOut:
     if test is None:
-        return None, None, None
+        return HeldOut()
     text = str(test)
     if isinstance(test, int | float) or _NUMBER.fullmatch(text):
-        return float(text), None, None
+        fraction = float(text)
+        if not 0 < fraction < 1:
+            raise InputError(f"test={text}: a fraction of the rows must lie between 0 and 1")
+        return HeldOut(fraction=fraction)
     if text.startswith(":"):
-        return None, text[1:], None
+        return HeldOut(split=text[1:])
     if text in CHAT_SETS:
         raise InputError(f"test={text!r}: give a fraction, a :split, a file, folder, address or hub data set")
-    return None, None, text
+    return HeldOut(other=text)
 
 
 def _columns_of(given: str | Sequence[str] | None, names: Sequence[str]) -> dict[str, dict[str, str] | None]:
@@ -117,33 +141,29 @@ def _columns_of(given: str | Sequence[str] | None, names: Sequence[str]) -> dict
 
 
 def _load(
-    name: str,
-    columns: Mapping[str, str] | None,
-    seed: int,
-    settings: Settings,
-    *,
-    fraction: float | None,
-    split: str | None,
-    other: str | None,
+    name: str, columns: Mapping[str, str] | None, seed: int, settings: Settings, held_out: HeldOut, window: int | None
 ) -> ChatSet:
     """One set, with test rows that come from itself; with none where they come from another."""
+    said = f":{held_out.split}" if held_out.split is not None else held_out.fraction
     if name in OWN_TEST_ROWS:
-        if fraction is not None or split is not None:
-            said = f"{fraction:g}" if fraction is not None else f":{split}"
+        if said is not None:
             raise InputError(f"test={said!r}: {name} has its own held-out rows; leave it out, or give a file")
         return {"packaged": _packaged, "no_robots": _no_robots, "tulu3": _tulu3}[name]()
     if name == "chitchat":
+        if held_out.split is not None:
+            raise InputError(f"test={said!r}: chitchat has no splits; give a fraction or a file")
         rows: Sequence[Any] = FileRows(open_records(chitchat_file(settings), name), MESSAGES)
         test = None
-        if split is not None:
-            raise InputError(f"test=':{split}': chitchat has no splits; give a fraction or a file")
     else:
         _require_known(name)
-        opened = open_source(name, columns, settings, held_out=fraction is None and other is None, test_split=split)
+        looked_for = held_out == HeldOut()
+        opened = open_source(name, columns, settings, held_out=looked_for, test_split=held_out.split, window=window)
         rows, test = opened.train, opened.test
     if test is not None:
         return ChatSet(name, rows, test)
-    return ChatSet(name, rows, ()) if other is not None else ChatSet(name, *hold_out(rows, name, seed, fraction))
+    if held_out.other is not None:
+        return ChatSet(name, rows, ())
+    return ChatSet(name, *hold_out(rows, name, seed, held_out.fraction))
 
 
 def _require_known(name: str) -> None:

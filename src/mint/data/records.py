@@ -7,10 +7,10 @@ import io
 import json
 import mmap
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, Protocol
 
 from mint.errors import DataError
 
@@ -75,9 +75,10 @@ class Cut:
     data: bytes
 
 
-def cut_records(stream: BinaryIO, *, quoted: bool) -> Iterator[Cut]:
-    """A record a line, blank lines left out. quoted: a line break within double quotes does not end a record (CSV).
+def cut_records(stream: Iterable[bytes], name: str, *, quoted: bool) -> Iterator[Cut]:
+    """The records of a stream of lines: one a line, blank ones left out.
 
+    quoted: a line break within double quotes does not end a record (CSV).
     Raises DataError for a quote that is never closed.
     """
     held: list[bytes] = []
@@ -98,7 +99,9 @@ def cut_records(stream: BinaryIO, *, quoted: bool) -> Iterator[Cut]:
         if data.strip():
             yield Cut(start, first, data)
     if held:
-        raise DataError(f"line {first}: a double quote is opened and never closed; write a quote in a field twice")
+        raise DataError(
+            f"{name}, line {first}: a double quote is opened and never closed; write a quote in a field twice"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,12 +212,9 @@ class TableRecords:
 def _index(path: Path, name: str, read: JsonLine | CsvLine) -> TextRecords:
     starts, lines = array("Q"), array("Q")
     with path.open("rb") as file:
-        try:
-            for cut in cut_records(file, quoted=isinstance(read, CsvLine)):
-                starts.append(cut.start)
-                lines.append(cut.line)
-        except DataError as error:
-            raise DataError(f"{name}, {error}") from None
+        for cut in cut_records(file, name, quoted=isinstance(read, CsvLine)):
+            starts.append(cut.start)
+            lines.append(cut.line)
         starts.append(file.tell())
     if isinstance(read, CsvLine):
         del starts[0], lines[0]  # the header
@@ -222,16 +222,26 @@ def _index(path: Path, name: str, read: JsonLine | CsvLine) -> TextRecords:
 
 
 def _open_csv(path: Path, name: str, delimiter: str) -> TextRecords:
-    csv.field_size_limit(CELL_BYTES)
     with path.open("rb") as file:
-        try:
-            header = next(cut_records(file, quoted=True), None)
-            columns = _cells(header.data, delimiter) if header is not None else []
-        except DataError as error:
-            raise DataError(f"{name}: {error}") from None
+        header = next(cut_records(file, name, quoted=True), None)
+    return _index(path, name, CsvLine(csv_columns(header.data if header else b"", delimiter, name), delimiter))
+
+
+def delimiter_of(kind: str) -> str | None:
+    """Of a format of FORMATS; None where it is no table of text."""
+    return _DELIMITERS.get(kind)
+
+
+def csv_columns(header: bytes, delimiter: str, name: str) -> tuple[str, ...]:
+    """Raises DataError where the first record of a CSV file does not name columns."""
+    csv.field_size_limit(CELL_BYTES)
+    try:
+        columns = tuple(_cells(header, delimiter)) if header else ()
+    except DataError as error:
+        raise DataError(f"{name}: {error}") from None
     if not columns or len(set(columns)) < len(columns) or not all(columns):
-        raise DataError(f"{name}: the first line must name every column once; it reads {columns}")
-    return _index(path, name, CsvLine(tuple(columns), delimiter))
+        raise DataError(f"{name}: the first line must name every column once; it reads {list(columns)}")
+    return columns
 
 
 def _cells(data: bytes, delimiter: str) -> list[str]:

@@ -14,6 +14,7 @@ from mint.data.records import COMPRESSED, Records, TableRecords, format_of, open
 from mint.data.rows import FileRows, JoinedRows
 from mint.data.schemas import Schema, detect
 from mint.data.splits import held_out_split, split_of, training_split
+from mint.data.streams import StreamedRecords
 from mint.errors import DataError, InputError
 from mint.hub import HubListing, fetched_url, is_url, listed_dataset_files, matching, unpacked, url_file_name
 from mint.settings import Settings
@@ -49,7 +50,13 @@ class Opened:
 
 
 def open_source(
-    name: str, columns: Mapping[str, str] | None, settings: Settings, *, held_out: bool, test_split: str | None = None
+    name: str,
+    columns: Mapping[str, str] | None,
+    settings: Settings,
+    *,
+    held_out: bool,
+    test_split: str | None = None,
+    window: int | None = None,
 ) -> Opened:
     """The set `name`. What a name means depends on its form alone:
 
@@ -59,12 +66,13 @@ def open_source(
     - anything else: a folder of such files; FOLDER:split.
 
     columns: field -> column, where the schema is not to be found out. held_out: whether a split that evaluates is looked
-    for; test_split: that it must be this one. Raises DataError, InputError, HubUnreachableError, ModelAccessError.
+    for; test_split: that it must be this one. window: stream the rows to train on and hold so many of them in memory
+    (see `StreamedRecords`). Raises DataError, InputError, HubUnreachableError, ModelAccessError.
     """
     if is_url(name) or format_of(name):
         if test_split is not None:
             raise InputError(f"test=':{test_split}': {name} is a single file without splits; give a file or a fraction")
-        return Opened(_open_files([_one_file(name, settings)], name, columns, settings), None)
+        return Opened(_open_files([_one_file(name, settings)], name, columns, settings, window), None)
     match = HUB_NAME.fullmatch(name)
     base = match["repo"] if match else name
     split = match["split"] if match else None
@@ -78,7 +86,7 @@ def open_source(
         train, test = _hub_files(match, pick, settings)
     else:
         train, test = pick(_folder_splits(base))
-    train_rows = _open_files(train, base, columns, settings)
+    train_rows = _open_files(train, base, columns, settings, window)
     return Opened(train_rows, _open_files(test, base, columns, settings) if test else None)
 
 
@@ -199,18 +207,27 @@ def _one_format(files: list[str]) -> list[str]:
 
 
 def _open_files(
-    files: Sequence[DataFile], name: str, columns: Mapping[str, str] | None, settings: Settings
+    files: Sequence[DataFile],
+    name: str,
+    columns: Mapping[str, str] | None,
+    settings: Settings,
+    window: int | None = None,
 ) -> Sequence[Any]:
-    opened = [
-        open_records(unpacked(f.path, settings) if f.path.suffix.lower() in COMPRESSED else f.path, f.name)
-        for f in files
-    ]
+    opened: list[Records]
+    if window is not None:
+        opened = [StreamedRecords([(file.path, file.name) for file in files], window)]
+    else:
+        opened = [open_records(_plain(file.path, settings), file.name) for file in files]
     if not any(map(len, opened)):
         raise DataError(f"{name}: holds no rows")
     schema = _schema_of(next(records for records in opened if len(records)), name, columns)
     logger.info("%s: %s, %s rows", name, schema, f"{sum(map(len, opened)):,}")
     rows = [FileRows(_narrowed(records, schema), schema) for records in opened]
     return rows[0] if len(rows) == 1 else JoinedRows(rows)
+
+
+def _plain(path: Path, settings: Settings) -> Path:
+    return unpacked(path, settings) if path.suffix.lower() in COMPRESSED else path
 
 
 def _schema_of(records: Records, name: str, columns: Mapping[str, str] | None) -> Schema:

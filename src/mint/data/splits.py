@@ -13,7 +13,7 @@ import numpy as np
 
 from mint.chat import UnusableRow
 from mint.data.rows import ChosenRows
-from mint.errors import DataError, InputError
+from mint.errors import DataError
 
 MAX_TEST_SHARE, MAX_TEST_ROWS = 0.1, 500  # where nothing is said about test rows
 HELD_OUT_NAMES: Final = ("test", "validation", "valid", "val", "dev", "eval")
@@ -58,17 +58,16 @@ def hold_out(rows: Sequence[Any], name: str, seed: int, fraction: float | None) 
     """Rows to train on and rows held out, chosen by the content of each row and `seed`: the order of a file and the
     numbers of its rows do not matter, and equal rows never stand on both sides.
 
-    fraction: of the rows (at least one row); None is a tenth, at most 500 rows. The rows whose hash is lowest are held
-    out, so a row that comes to the file changes the membership of few others. More are held out than were asked for
-    where equal rows stand at the border.
+    fraction: of the rows, between 0 and 1 (at least one row); None is a tenth, at most 500 rows. The rows whose hash is
+    lowest are held out, so a row that comes to the file changes the membership of few others. More are held out than
+    were asked for where equal rows stand at the border.
     Raises DataError where no row would be left on one side.
     """
-    if fraction is not None and not 0 < fraction < 1:
-        raise InputError(f"test={fraction:g}: a fraction of the rows must lie between 0 and 1")
-    wanted = int(len(rows) * fraction) if fraction is not None else min(MAX_TEST_ROWS, int(len(rows) * MAX_TEST_SHARE))
+    wanted = int(len(rows) * (MAX_TEST_SHARE if fraction is None else fraction))
+    wanted = max(1, wanted if fraction is not None else min(MAX_TEST_ROWS, wanted))
     hashes = np.frombuffer(array("Q", (row_hash(row, seed) for row in rows)), np.uint64)
     if len(hashes):
-        held_out = hashes <= np.partition(hashes, max(1, wanted) - 1)[max(1, wanted) - 1]
+        held_out = hashes <= np.partition(hashes, wanted - 1)[wanted - 1]
     if not len(hashes) or held_out.all():
         what = "one row" if len(rows) == 1 else f"{len(rows)} rows, all of them equal,"
         raise DataError(f"{name}: {what} cannot be split into train and test rows; give a test file")

@@ -38,7 +38,7 @@ PROMPTS = (
 class ChatSftConfig:
     """What to train, on what, and how. A step is `batch_size` conversations.
 
-    dataset, test, columns: see `mint.data.load_chat_set`; several data sets are a mixture.
+    dataset, test, columns, shuffle_buffer: see `mint.data.load_chat_set`; several data sets are a mixture.
     train_on: None is what the data set is usually trained on. schedule, warmup_steps: see `learning_rate_at`.
     max_length: tokens of a conversation; an answer that does not fit is left out and counted.
     eval_size: test rows of every evaluation, always the same ones. eval_every, save_every: steps between two; 0: only
@@ -51,6 +51,7 @@ class ChatSftConfig:
     dataset: str | tuple[str, ...] = "no_robots"
     test: str | None = None
     columns: tuple[str, ...] = ()
+    shuffle_buffer: int | None = None
     num_steps: int = 50
     batch_size: int = 4
     learning_rate: float = 1e-4
@@ -89,7 +90,9 @@ class ChatSftConfig:
         return cls(**given)
 
     def load_chats(self) -> ChatSet:
-        return load_chat_set(self.dataset, test=self.test, columns=self.columns, seed=self.seed)
+        return load_chat_set(
+            self.dataset, test=self.test, columns=self.columns, seed=self.seed, shuffle_buffer=self.shuffle_buffer
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +103,10 @@ class Prepared:
     renderer: Renderer
     converter: Converter
     test_datums: list[types.Datum]
+
+    def batches(self, config: ChatSftConfig, start: Cursor) -> Batches[types.Datum]:
+        rows, buffer = self.chats.train, config.shuffle_buffer
+        return Batches(rows, config.batch_size, config.seed, start, prepare=self.converter, shuffle_buffer=buffer)
 
 
 def chat_sft(
@@ -157,7 +164,7 @@ def chat_sft(
     console.print(f"test NLL before: {summary['test_nll_before']:.4f}")
 
     # train
-    batches = Batches(chats.train, config.batch_size, config.seed, cursor, prepare=prepared.converter)
+    batches = prepared.batches(config, cursor)
     step = done
     with TrainingProgress(console, config.num_steps, done) as progress, StopOnCtrlC(console) as stop:
         while step < config.num_steps and not stop.requested:
@@ -358,7 +365,7 @@ def dry_run(config: ChatSftConfig, console: Console | None = None) -> dict[str, 
     with mint.ServiceClient() as service:
         client = create_run(service, config, chats)
         prepared = prepare(config, chats, client, console)
-        batches = Batches(chats.train, config.batch_size, config.seed, prepare=prepared.converter)
+        batches = prepared.batches(config, Cursor())
         steps = []
         for _ in range(2):
             batch = next(batches)

@@ -101,7 +101,7 @@ def test_a_test_file_is_used_whole(tmp_path):
 def test_what_is_no_chat_set_is_refused_by_name(tmp_path):
     with pytest.raises(DataError, match=r"data set 'no_robot': there is no such file, and it is none of packaged, no_"):
         load_chat_set("no_robot")
-    with pytest.raises(InputError, match=r"test='0\.1': packaged has its own held-out rows"):
+    with pytest.raises(InputError, match=r"test=0\.1: packaged has its own held-out rows"):
         load_chat_set("packaged", test=0.1)
     write_rows(tmp_path / "one.jsonl", 1)
     with pytest.raises(

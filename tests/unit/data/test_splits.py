@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from mint.chat import UnusableRow
 from mint.data.splits import held_out_split, hold_out, row_hash, split_of, training_split
-from mint.errors import DataError, InputError
+from mint.errors import DataError
 
 
 def texts(count):
@@ -77,12 +77,6 @@ def test_equal_content_has_equal_hashes_however_it_is_written():
     assert row_hash(row, 0) != row_hash([{"role": "user", "content": "q "}], 0)
     assert row_hash(UnusableRow("a"), 0) != row_hash(UnusableRow("b"), 0)
     assert row_hash({"text": "\ud800"}, 0) != row_hash({"text": "\ud801"}, 0)
-
-
-@pytest.mark.parametrize("fraction", [0.0, 1.0, 5.0])
-def test_a_fraction_is_one(fraction):
-    with pytest.raises(InputError, match="a fraction of the rows must lie between 0 and 1"):
-        hold_out(texts(5), "x", 0, fraction)
 
 
 @pytest.mark.parametrize(
