@@ -1,6 +1,7 @@
 """Sets by their names: files of every format, folders, hub data sets; schema, columns, splits and mixtures together."""
 
 import csv
+import functools
 import gzip
 import json
 import logging
@@ -8,6 +9,8 @@ import pickle
 import subprocess
 import sys
 import textwrap
+import threading
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -238,6 +241,32 @@ def test_splits_of_a_hub_set_are_those_of_its_card_else_of_its_paths():
         hub_splits(listing(files, card), None)
     with pytest.raises(DataError, match="o/n on the hub holds no data file that can be read"):
         hub_splits(listing(["run.py", "data.zip"]), None)
+
+
+@pytest.fixture
+def address(tmp_path, monkeypatch):
+    """Of a server of the files in tmp_path / "web"."""
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    (tmp_path / "web").mkdir()
+    handler = type("Quiet", (SimpleHTTPRequestHandler,), {"log_message": lambda *_: None})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(handler, directory=tmp_path / "web"))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_address[1]}"
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_file_of_the_web_is_read_like_any_other(tmp_path, address, mint_home):
+    write(tmp_path / "web" / "a.csv.gz", records("w", 12))
+    url = f"{address}/a.csv.gz"
+    chats = load_chat_set(url)
+    assert texts([*chats.train, *chats.test]) == names("w", 12)
+    number = int(chats.train[5][0]["content"].split()[1])
+    assert origin(chats.train, 5) == f"{url}, row {number} (line {number + 2})"
+    (tmp_path / "web" / "a.csv.gz").unlink()
+    assert list(load_chat_set(url).test) == list(chats.test)  # from the copy
+    assert sorted(path.parent.name for path in (mint_home / "datasets").rglob("*.*")) == ["unpacked", "web"]
 
 
 SHOW = """
