@@ -155,14 +155,15 @@ def _hub_files(match: re.Match[str], pick: Any, settings: Settings) -> tuple[lis
 def hub_splits(listing: HubListing, config: str | None) -> dict[str, list[str]]:
     """The files of each split of a repository: as its card says, else as their paths say.
 
-    config: of several that the card names; None is the one called default, or the only one.
+    config: of several that the card names; None is the one called or marked default, or the only one.
     Where a split is there in several formats, one is taken (parquet before JSON Lines before CSV before JSON).
     Raises DataError that lists the configurations, or says that nothing can be read.
     """
     readable = [file for file in listing.files if format_of(file) and not _DESCRIPTIONS.search(file)]
     named = {str(found.get("config_name", "default")): found["data_files"] for found in listing.configs}
-    if config is None and len(named) == 1:
-        config = next(iter(named))
+    if config is None:
+        marked = [name for name, found in zip(named, listing.configs, strict=True) if found.get("default")]
+        config = next(iter(marked or (named if len(named) == 1 else ())), None)
     config = config or "default"
     if named and config not in named:
         raise DataError(

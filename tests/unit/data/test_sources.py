@@ -235,6 +235,7 @@ def test_splits_of_a_hub_set_are_those_of_its_card_else_of_its_paths():
     ]
     assert hub_splits(listing(files, card), "en") == {"train": ["en/train.jsonl"], "t": ["en/test.jsonl"]}
     assert hub_splits(listing(files, card), "de") == hub_splits(listing(files, card[1:]), None)
+    assert hub_splits(listing(files, [card[0], {**card[1], "default": True}]), None) == {"train": ["de/train.jsonl"]}
     with pytest.raises(
         DataError, match=r"o/n has the configurations en, de; name one and its split, e\.g\. o/n:en/train"
     ):
