@@ -16,13 +16,9 @@ import mint
 from mint import types
 from mint.chat import Renderer, convert_conversations, get_renderer
 from mint.data import Batches, Cursor, load_demo, load_jsonl
+from mint.recipes import mean_nll
 
 QUESTION = "How do I keep basil alive on a windowsill?"
-
-
-def mean_nll(output: types.ForwardBackwardOutput, datums: list[types.Datum]) -> float:
-    """Nats per trained token; MinT's losses are sums."""
-    return output.metrics["loss:sum"] / sum(sum(datum.loss_fn_inputs["weights"]) for datum in datums)
 
 
 def evaluate(client: mint.TrainingClient, datums: list[types.Datum]) -> float:
@@ -39,10 +35,10 @@ def train_step(client: mint.TrainingClient, batch: list[types.Datum], learning_r
 
 def ask(client: mint.TrainingClient, renderer: Renderer, question: str, max_tokens: int) -> str:
     """The likeliest answer with the weights as they are now."""
-    prompt = types.ModelInput.from_ints(renderer.build_prompt([{"role": "user", "content": question}]))
+    prompt = types.ModelInput.from_ints(renderer.prompt([{"role": "user", "content": question}]))
     params = types.SamplingParams(max_tokens=max_tokens, temperature=0, stop_token_ids=renderer.stop_token_ids)
     answer = client.save_weights_and_get_sampling_client().sample(prompt, 1, params).result()
-    return renderer.parse_response(answer.sequences[0].tokens).content.strip()
+    return renderer.parse(answer.sequences[0].tokens).content.strip()
 
 
 def plot(losses: list[float], nll_before: float, nll_after: float, path: Path) -> None:

@@ -79,10 +79,10 @@ def score(client: mint.TrainingClient, datums: Datums) -> torch.Tensor:
 
 
 def ask(client: mint.TrainingClient, renderer: Renderer, question: str, max_tokens: int) -> str:
-    prompt = types.ModelInput.from_ints(renderer.build_prompt([{"role": "user", "content": question}]))
+    prompt = types.ModelInput.from_ints(renderer.prompt([{"role": "user", "content": question}]))
     params = types.SamplingParams(max_tokens=max_tokens, temperature=0, stop_token_ids=renderer.stop_token_ids)
     answer = client.save_weights_and_get_sampling_client().sample(prompt, 1, params).result()
-    return renderer.parse_response(answer.sequences[0].tokens).content.strip()
+    return renderer.parse(answer.sequences[0].tokens).content.strip()
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:

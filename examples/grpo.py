@@ -80,14 +80,14 @@ def main(argv: list[str] | None = None) -> list[float]:
         asked = []
         for _ in range(args.questions):  # all are sent before the first is waited for: they share the running batch
             question, expected = make_question(rng)
-            prompt = renderer.build_prompt([{"role": "user", "content": question}])
+            prompt = renderer.prompt([{"role": "user", "content": question}])
             params = types.SamplingParams(max_tokens=args.max_tokens, seed=rng.getrandbits(32), stop_token_ids=stop)
             future = sampler.sample(types.ModelInput.from_ints(prompt), args.group_size, params)
             asked.append((prompt, expected, future))
         datums, rewards = [], []
         for prompt, expected, future in asked:
             group = future.result().sequences
-            answers = [renderer.parse_response(sampled.tokens).content for sampled in group]
+            answers = [renderer.parse(sampled.tokens).content for sampled in group]
             group_rewards = [reward(answer, expected) for answer in answers]
             pairs = zip(group, advantages(group_rewards), strict=True)
             datums += [to_datum(prompt, sampled, advantage) for sampled, advantage in pairs]

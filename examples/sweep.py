@@ -20,6 +20,7 @@ import mint
 from mint import types
 from mint.chat import convert_conversations, get_renderer
 from mint.data import Batches, load_demo
+from mint.recipes import mean_nll
 
 
 @dataclass
@@ -35,11 +36,6 @@ class Run:
 
     def __str__(self) -> str:
         return f"rank {self.rank}, learning rate {self.learning_rate:g}, seed {self.seed}"
-
-
-def mean_nll(output: types.ForwardBackwardOutput, datums: Sequence[types.Datum]) -> float:
-    """Nats per trained token; MinT's losses are sums."""
-    return output.metrics["loss:sum"] / sum(sum(datum.loss_fn_inputs["weights"]) for datum in datums)
 
 
 def train(runs: Sequence[Run], batches: Batches[types.Datum], num_steps: int) -> None:

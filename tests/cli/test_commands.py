@@ -120,7 +120,7 @@ def test_a_script_gets_the_answers_that_the_client_gets(path: str) -> None:
         client = service.create_sampling_client(path)
         renderer = get_renderer(client.get_tokenizer())
         params = types.SamplingParams(max_tokens=5, temperature=0.7, seed=3, stop_token_ids=renderer.stop_token_ids)
-        ids = renderer.build_prompt([{"role": "user", "content": "Bye"}])
+        ids = renderer.prompt([{"role": "user", "content": "Bye"}])
         expected = client.sample(types.ModelInput.from_ints(ids), 2, params).result().sequences
     assert [s["tokens"] for s in found[1]["samples"]] == [s.tokens for s in expected]
     assert [s["logprobs"] for s in found[1]["samples"]] == [s.logprobs for s in expected]
@@ -147,10 +147,8 @@ def test_a_conversation_remembers_until_it_is_reset(path: str, monkeypatch: pyte
     seen: list[list[dict[str, str]]] = []
     from mint.chat.renderer import Renderer
 
-    plain = Renderer.build_prompt
-    monkeypatch.setattr(
-        Renderer, "build_prompt", lambda self, messages: seen.append(list(messages)) or plain(self, messages)
-    )
+    plain = Renderer.prompt
+    monkeypatch.setattr(Renderer, "prompt", lambda self, messages: seen.append(list(messages)) or plain(self, messages))
     done = invoke(
         "chat", path, "--system", "Be brief.", "--max-tokens", "4", "--seed", "1", "--temperature", "0",
         text="one\ntwo\n/reset\nthree\n/system Sing.\nfour\n/what\n/quit\nfive\n",
@@ -197,7 +195,7 @@ def test_models_are_shown(tiny_model: str) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny_model)
     stored = {p.data_ptr(): p.numel() for p in model.parameters()}  # a tied matrix is stored once
     assert shown["parameters"] == sum(stored.values())
-    assert (shown["chat template"], shown["runs on"]) == ("qwen3", "MinT's own decoder")
+    assert (shown["chat template"], shown["runs on"]) == ("chatml, can think", "MinT's own decoder")
     assert "Qwen3ForCausalLM" in invoke("models", "show", tiny_model).stdout
     pulled = answer("models", "pull", tiny_model)
     assert pulled["path"] == tiny_model

@@ -6,14 +6,12 @@ import json
 import re
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
-import mint
 from mint.chat import convert_conversations
 from tests.examples.load import example
-from tests.support.clients import Embedded, batch, logprobs
+from tests.support.clients import Embedded
 
 chat_sft = example("chat_sft")
 
@@ -104,11 +102,3 @@ def test_the_resumed_steps_are_those_that_would_have_come_next(
     straight = losses(capsys.readouterr().out, resumed=False)
     assert resumed == straight[5:]
     assert len({loss for _, loss in straight}) == 7  # no batch is mistaken for another
-
-
-def test_the_mean_is_over_trained_tokens(world: Embedded, tiny_model: str) -> None:
-    client = mint.ServiceClient().create_lora_training_client(tiny_model, rank=2, seed=0)
-    data = batch()
-    output = client.forward(data).result()
-    weights = np.concatenate([datum.loss_fn_inputs["weights"].to_numpy() for datum in data])
-    assert chat_sft.mean_nll(output, data) == pytest.approx(-(weights @ logprobs(output)) / weights.sum(), rel=1e-5)

@@ -2,6 +2,8 @@
 
 import io
 import json
+import math
+import re
 import signal
 
 import pytest
@@ -11,6 +13,7 @@ from mint.data import Cursor
 from mint.errors import InputError
 from mint.recipes import chat_sft as recipe
 from mint.recipes.chat_sft import ChatSftConfig, chat_sft, dry_run, load_config
+from mint.recipes.evaluation import Evaluation
 from mint.recipes.interrupt import StopOnCtrlC
 from mint.recipes.progress import TrainingProgress
 
@@ -86,22 +89,38 @@ def test_the_run_folder_holds_what_was_asked_for_and_what_came_of_it(config, tmp
     assert all(row["learning_rate"] == 1e-2 and row["grad_norm"] > 0 for row in rows if "loss" in row)
 
 
-def test_the_loss_of_a_step_is_the_mean_over_its_trained_tokens(config, tmp_path):
-    """Against the sum that the engine reports, divided by hand."""
-    seen = []
+def test_every_evaluation_records_all_measures_of_the_same_tokens(config, tmp_path):
+    console = quiet()
+    summary = chat_sft(config, tmp_path / "out", console)
+    rows = [row for row in metrics(tmp_path / "out") if "test_nll" in row]
+    assert len({row["test_hash"] for row in rows}) == 1
+    for row, when in ((rows[0], "before"), (rows[-1], "after")):
+        found = Evaluation(**summary[f"evaluation_{when}"])
+        assert found.row(row["step"]) == row and found.nll == summary[f"test_nll_{when}"] and found.rows == 2
+    for row in rows:
+        assert row["test_perplexity"] == math.exp(row["test_nll"])
+        bits = row["test_nll"] * row["test_tokens"] / math.log(2)  # all weights are 1
+        assert row["test_bits_per_byte"] == pytest.approx(bits / found.bytes)
+    before, after = rows[0], rows[-1]
+    for name, key in [
+        ("test NLL", "test_nll"), ("mean of rows", "test_row_nll"), ("perplexity", "test_perplexity"),
+        ("bits per byte", "test_bits_per_byte"),
+    ]:  # fmt: skip
+        assert re.search(rf"^{name}: +{before[key]:.4f} -> {after[key]:.4f}\b", console.file.getvalue(), re.MULTILINE)
 
-    def token_mean(output, datums):
-        trained = sum(float(datum.loss_fn_inputs["weights"].to_numpy().sum()) for datum in datums)
-        seen.append(output.metrics["loss:sum"] / trained)
-        return plain(output, datums)
 
-    plain, recipe.token_mean_nll = recipe.token_mean_nll, token_mean
-    try:
-        chat_sft(config, tmp_path / "out", quiet())
-    finally:
-        recipe.token_mean_nll = plain
-    written = [row.get("loss", row.get("test_nll")) for row in metrics(tmp_path / "out")]
-    assert written == pytest.approx(seen, rel=1e-5)
+def test_a_resumed_run_that_measures_other_tokens_compares_nothing(config, tmp_path):
+    out, said = tmp_path / "out", "the test rows do not give the tokens that were measured before training"
+    chat_sft(config, out, quiet())
+    same, other = quiet(), quiet()
+    chat_sft(load_config(out, num_steps=7), out, same, resume=True)
+    assert said not in same.file.getvalue() and re.search(r"test NLL: +\S+ -> \S+", same.file.getvalue())
+    summary = chat_sft(load_config(out, num_steps=8, eval_size=3), out, other, resume=True)
+    text = other.file.getvalue()
+    assert said in text and "so there is nothing to compare these numbers with" in text
+    assert not re.search(r"test NLL: +\S+ -> ", text) and f"test NLL:      {summary['test_nll_after']:.4f}" in text
+    hashes = [row["test_hash"] for row in metrics(out) if "test_hash" in row]
+    assert hashes[-1] != hashes[-2] == hashes[0]
 
 
 def test_ctrl_c_ends_after_the_step_saves_and_says_how_to_go_on(config, tmp_path, stop_after):

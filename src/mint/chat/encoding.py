@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from mint.chat.layout import Span
+from mint.chat.marks import BREAK
 
 
 class AddedToken(Protocol):
@@ -31,49 +31,111 @@ class Tokenizer(Protocol):
     @property
     def name_or_path(self) -> str: ...
     @property
+    def is_fast(self) -> bool: ...
+    @property
     def chat_template(self) -> Any: ...  # str, dict of str, or None
     def get_chat_template(self) -> str: ...
-    def apply_chat_template(self, conversation: list[dict[str, str]], **options: Any) -> Any: ...
+    def apply_chat_template(self, conversation: list[dict[str, Any]], **options: Any) -> Any: ...
     def encode(self, text: str, *, add_special_tokens: bool, verbose: bool) -> list[int]: ...
     def decode(self, token_ids: list[int], **options: Any) -> str: ...
 
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Encoder:
-    """Encodes spans with one tokenizer.
+    """Encodes text with one tokenizer.
 
     control_ids: text and id of every control token: an added token that is special or that the template writes.
     pattern: finds control tokens in text; its one group keeps them when it splits.
+    adds_blank: the tokenizer writes a blank before text that it takes for the start of something.
     """
 
     tokenizer: Tokenizer
     control_ids: Mapping[str, int]
     pattern: re.Pattern[str]
+    adds_blank: bool
 
-    def encode_span(self, span: Span) -> list[int]:
-        """Token ids of a span. Only its markup can give control tokens; the same text in a body stays ordinary text."""
+    def guard(self, text: str) -> str:
+        """`text` with a BREAK inside each control token's text, which is thereby no control token any more."""
+        found = self.pattern.search(text)
+        if not found:
+            return text
+        pieces, start = [], 0
+        while found:
+            pieces.append(text[start : found.start() + 1])
+            start = found.start() + 1
+            found = self.pattern.search(text, start)
+        return BREAK.join([*pieces, text[start:]])
+
+    def encode_pieces(self, stretches: Sequence[Sequence[str | tuple[int, ...]]]) -> list[list[int]]:
+        """As `encode`, of texts in pieces: strings, and ids of what is encoded already."""
+        texts = [piece for pieces in stretches for piece in pieces if isinstance(piece, str)]
+        made = iter(self.encode(texts))
+        encoded = []
+        for pieces in stretches:
+            ids: list[int] = []
+            for piece in pieces:
+                ids += next(made) if isinstance(piece, str) else piece
+            encoded.append(ids)
+        return encoded
+
+    def split_markup(self, text: str) -> list[str | tuple[int, ...]]:
+        """Text of a template in pieces: the ids of control tokens, and of what stands between two of them; strings before
+        the first and after the last, which go on with other text."""
+        chunks = self.pattern.split(text)
+        if len(chunks) == 1:
+            return [text]
         ids: list[int] = []
-        text = ""  # not yet encoded
-        for piece in span:
-            chunks = self.pattern.split(piece.text) if piece.is_markup else _cut_inside(self.pattern, piece.text)
-            for number, chunk in enumerate(chunks):
-                if number and not piece.is_markup:  # the border that keeps a control token's text apart
-                    ids += self._encode_text(text)
-                    text = ""
-                if piece.is_markup and chunk in self.control_ids:
-                    ids += [*self._encode_text(text), self.control_ids[chunk]]
-                    text = ""
-                else:
-                    text += chunk
-        return ids + self._encode_text(text)
+        for number, chunk in enumerate(chunks[1:-1], 1):
+            ids += [self.control_ids[chunk]] if number % 2 else self.encode([chunk])[0] if chunk else []
+        return [chunks[0], tuple(ids), chunks[-1]]
 
-    def has_control_text(self, spans: Sequence[Span]) -> bool:
-        """Whether the text of a message contains the text of a control token."""
-        return any(self.pattern.search(piece.text) for span in spans for piece in span if not piece.is_markup)
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each of `texts`, which follow one another; tokens never reach from one into the next.
 
-    def _encode_text(self, text: str) -> list[int]:
+        Control tokens' texts become control tokens, but not where a BREAK stands in them.
+        """
+        if self.tokenizer.is_fast and not self.adds_blank and not any(BREAK in text for text in texts):
+            backend = self.tokenizer.backend_tokenizer  # type: ignore[attr-defined]
+            return [made.ids for made in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+        return [self._encode_broken(text, continues=number > 0) for number, text in enumerate(texts)]
+
+    def decode_guarded(self, ids: Sequence[int]) -> str:
+        """The text of ids, in which only real control tokens have the text of one; the rest is guarded."""
+        names = {token: text for text, token in self.control_ids.items()}
+        pieces: list[str] = []
+        ordinary: list[int] = []
+        for token in ids:
+            if token in names:
+                pieces += [self.guard(self.decode(ordinary)), names[token]]
+                ordinary = []
+            else:
+                ordinary.append(token)
+        return "".join([*pieces, self.guard(self.decode(ordinary))])
+
+    def decode(self, ids: list[int]) -> str:
+        if not ids:
+            return ""
+        return self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    def unguarded(self, text: str) -> str:
+        return text.replace(BREAK, "")
+
+    def _encode_broken(self, text: str, *, continues: bool) -> list[int]:
+        ids: list[int] = []
+        for number, piece in enumerate(text.split(BREAK)):
+            ids += self._encode_piece(piece, continues=continues or number > 0)
+        return ids
+
+    def _encode_piece(self, text: str, *, continues: bool) -> list[int]:
         # not verbose: transformers warns about the model's context length, which is max_length's business
-        return self.tokenizer.encode(text, add_special_tokens=False, verbose=False) if text else []
+        if not text:
+            return []
+        if continues and self.adds_blank:
+            line_end = self.tokenizer.encode("\n", add_special_tokens=False, verbose=False)
+            ids = self.tokenizer.encode("\n" + text, add_special_tokens=False, verbose=False)
+            if ids[: len(line_end)] == line_end:
+                return ids[len(line_end) :]
+        return self.tokenizer.encode(text, add_special_tokens=False, verbose=False)
 
 
 def make_encoder(tokenizer: Tokenizer, template: str) -> Encoder:
@@ -86,17 +148,5 @@ def make_encoder(tokenizer: Tokenizer, template: str) -> Encoder:
     longest_first = sorted(control_ids, key=len, reverse=True)
     # without control tokens: a pattern that matches nothing
     pattern = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")" if longest_first else "((?!))")
-    return Encoder(tokenizer, control_ids, pattern)
-
-
-def _cut_inside(pattern: re.Pattern[str], text: str) -> Iterator[str]:
-    """`text` in pieces none of which contains a control token: each is cut after its first character.
-
-    Encoded apart, the pieces are ordinary text to any tokenizer. Its `split_special_tokens` switch would do the same
-    for special tokens only, and by changing a state that other threads share.
-    """
-    start = 0
-    while found := pattern.search(text, start):
-        yield text[start : found.start() + 1]
-        start = found.start() + 1
-    yield text[start:]
+    alone, line_end, after = (tokenizer.encode(t, add_special_tokens=False, verbose=False) for t in ("a", "\n", "\na"))
+    return Encoder(tokenizer, control_ids, pattern, adds_blank=after != [*line_end, *alone])

@@ -5,14 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import numpy as np
+
 from mint import types
-from mint.chat.datums import Conversion, OnOverlong, Rules, TrainOn, as_renderer, convert, require_examples, to_datum
+from mint.chat.datums import to_datum
 from mint.chat.encoding import Tokenizer
-from mint.chat.messages import Message, check_messages, skip_reason
-from mint.chat.renderer import Renderer
+from mint.chat.examples import Conversion, OnOverlong, Rules, TrainOn, convert, require_examples
+from mint.chat.messages import Dialog, PlainText, check_row, skip_reason
+from mint.chat.renderer import Renderer, as_renderer
 from mint.errors import DataError
 
 _NUMBERS_SHOWN = 10  # row numbers printed per reason
@@ -79,7 +82,7 @@ class ConversionReport:
         """Count one converted row."""
         self.datums += len(datums)
         self.tokens += sum(datum.model_input.length for datum in datums)
-        self.trained_tokens += sum(weight != 0 for example in conversion.examples for weight in example.weights)
+        self.trained_tokens += sum(int(np.count_nonzero(example.weights)) for example in conversion.examples)
         self.truncated_rows += conversion.shortened_turns > 0
         self.dropped_turns += conversion.dropped_turns
         self.trailing_messages += conversion.trailing_messages
@@ -155,9 +158,9 @@ class Converter:
         """Converts a row; changes nothing."""
         digest = None
         try:
-            messages = check_messages(row)
-            digest = _digest(messages)
-            conversion = convert(messages, self.renderer, self.rules)
+            checked = check_row(row)
+            digest = _digest(checked)
+            conversion = convert(checked, self.renderer, self.rules)
             require_examples(conversion, self.rules)
         except DataError as error:
             return RowOutcome(number, digest, None, error)
@@ -182,6 +185,5 @@ class Converter:
         return made
 
 
-def _digest(messages: tuple[Message, ...]) -> bytes:
-    pairs = [(message.role, message.content) for message in messages]
-    return hashlib.blake2b(json.dumps(pairs).encode(), digest_size=16).digest()
+def _digest(row: Dialog | PlainText) -> bytes:
+    return hashlib.blake2b(json.dumps(asdict(row), sort_keys=True).encode(), digest_size=16).digest()

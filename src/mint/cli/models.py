@@ -144,7 +144,8 @@ def _template(name: str) -> str:
     from mint.hub import load_tokenizer
 
     try:
-        return str(get_renderer(load_tokenizer(name)).settings["family"])
+        renderer = get_renderer(load_tokenizer(name))
+        return f"{renderer.settings['family']}{', can think' if renderer.can_think else ''}"
     except MintError as error:
         return f"none that MinT renders ({error})"
 

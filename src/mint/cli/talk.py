@@ -61,7 +61,7 @@ class Speaker:
         asked = [*self.messages, {"role": "user", "content": text}]
         tokens: list[int] = []
         shown = ""
-        stream = self.client.stream(types.ModelInput.from_ints(self.renderer.build_prompt(asked)), params)
+        stream = self.client.stream(types.ModelInput.from_ints(self.renderer.prompt(asked)), params)
         try:
             for token in stream:
                 tokens.append(token)
@@ -72,11 +72,11 @@ class Speaker:
             yield self._text(tokens)[len(shown) :]
         finally:
             if tokens:
-                self.messages = [*asked, self.renderer.parse_response(tokens).message]
+                self.messages = [*asked, self.renderer.parse(tokens).message]
 
     def _text(self, tokens: list[int]) -> str:
         stops = set(self.renderer.stop_token_ids)
-        tokenizer = self.renderer.encoder.tokenizer
+        tokenizer = self.renderer.tokenizer
         return tokenizer.decode([t for t in tokens if t not in stops], skip_special_tokens=False)
 
 
@@ -226,14 +226,14 @@ def sample(
         if not texts:
             raise InputError("no prompt: give one as an argument, or lines on standard input")
         speaker = open_speaker(service, name, thinking=thinking)
-        tokenizer = speaker.renderer.encoder.tokenizer
+        tokenizer = speaker.renderer.tokenizer
         params = types.SamplingParams(**choice, stop_token_ids=speaker.renderer.stop_token_ids)
         inputs = []
         for text in texts:
             speaker.reset(system)
             messages = [*speaker.messages, {"role": "user", "content": text}]
             plain = tokenizer.encode(text, add_special_tokens=True, verbose=False) if raw else None
-            inputs.append(plain if plain is not None else speaker.renderer.build_prompt(messages))
+            inputs.append(plain if plain is not None else speaker.renderer.prompt(messages))
         futures = [speaker.client.sample(types.ModelInput.from_ints(ids), num_samples, params) for ids in inputs]
         results = [_result(text, f.result(), speaker) for text, f in zip(texts or [], futures, strict=True)]
     if as_json:
@@ -249,9 +249,9 @@ def sample(
 def _result(prompt: str, response: types.SampleResponse, speaker: Speaker) -> dict[str, Any]:
     samples = []
     for sequence in response.sequences:
-        answer = speaker.renderer.parse_response(sequence.tokens)
+        answer = speaker.renderer.parse(sequence.tokens)
         samples.append({
-            "text": answer.content, "thinking": answer.thinking, "stop_reason": sequence.stop_reason,
+            "text": answer.content, "thinking": answer.reasoning, "stop_reason": sequence.stop_reason,
             "tokens": sequence.tokens, "logprobs": sequence.logprobs,
         })  # fmt: skip
     return {"prompt": prompt, "samples": samples}

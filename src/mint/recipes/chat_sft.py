@@ -2,7 +2,8 @@
 
 Losses are NLL in nats per trained token. metrics.jsonl has two kinds of rows. A training step: `step` (how many were done
 with it), `loss` (of its batch), `learning_rate`, `grad_norm`, `tokens`, `seconds`. An evaluation: `step` (done before it)
-and `test_nll`.
+and `test_nll`, `test_row_nll`, `test_perplexity`, `test_bits_per_byte`, `test_tokens`, `test_hash`, the fields of an
+`Evaluation`.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from mint import types
 from mint.chat import Converter, Renderer, TrainOn, get_renderer
 from mint.data import Batches, ChatSet, Conversation, Cursor, load_chat_set
 from mint.errors import DataError, InputError
+from mint.recipes.evaluation import Evaluation, EvaluationSet, comparison, evaluation_set, mean_nll, measure
 from mint.recipes.interrupt import StopOnCtrlC
 from mint.recipes.plots import plot_losses
 from mint.recipes.progress import TrainingProgress
@@ -102,7 +105,7 @@ class Prepared:
     chats: ChatSet
     renderer: Renderer
     converter: Converter
-    test_datums: list[types.Datum]
+    held_out: EvaluationSet
 
     def batches(self, config: ChatSftConfig, start: Cursor) -> Batches[types.Datum]:
         rows, buffer = self.chats.train, config.shuffle_buffer
@@ -141,31 +144,37 @@ def chat_sft(
         folder.create(asdict(config))
         metrics = []
     prepared = prepare(config, chats, client, console)
-    renderer, test_datums = prepared.renderer, prepared.test_datums
+    renderer, held_out = prepared.renderer, prepared.held_out
 
     # before
     if resume:
         cursor = saved_cursor(service, summary["checkpoint"])
     else:
         cursor = Cursor()
-        nll = evaluate(client, test_datums)
+        before = evaluate(client, held_out)
         base = service.create_sampling_client(base_model=config.base_model)
         answers = sample_answers(base, renderer, config)
         summary = {
             "status": "training",
             "base_model": config.base_model,
             "dataset": chats.name,
-            "test_rows": min(config.eval_size, len(chats.test)),
-            "test_nll_before": nll,
+            "test_rows": before.rows,
+            "test_nll_before": before.nll,
+            "evaluation_before": asdict(before),
             "samples": [{"prompt": p, "before": a, "after": ""} for p, a in zip(config.prompts, answers, strict=True)],
         }
-        metrics.append({"step": 0, "test_nll": nll})
+        metrics.append(before.row(0))
         folder.append_metrics(metrics[-1])
     console.print(f"test NLL before: {summary['test_nll_before']:.4f}")
+    if summary["evaluation_before"]["rendered_hash"] != held_out.rendered_hash:
+        console.print(
+            "the test rows do not give the tokens that were measured before training (other rows, or rendered "
+            "otherwise), so numbers from here on are not comparable with those before", style="yellow",
+        )  # fmt: skip
 
     # train
     batches = prepared.batches(config, cursor)
-    step = done
+    step, after = done, None
     with TrainingProgress(console, config.num_steps, done) as progress, StopOnCtrlC(console) as stop:
         while step < config.num_steps and not stop.requested:
             started = time.perf_counter()
@@ -173,7 +182,7 @@ def chat_sft(
             rate = learning_rate_at(step, config.num_steps, config.learning_rate, config.schedule, config.warmup_steps)
             gradient = client.forward_backward(batch, "cross_entropy")
             update = client.optim_step(types.AdamParams(learning_rate=rate))
-            loss = token_mean_nll(gradient.result(), batch)
+            loss = mean_nll(gradient.result(), batch)
             optimizer = update.result().metrics or {}
             step += 1
             metrics.append({
@@ -184,7 +193,8 @@ def chat_sft(
             progress.step_done(metrics[-1])
             last = step == config.num_steps
             if last or (config.eval_every and step % config.eval_every == 0):
-                metrics.append({"step": step, "test_nll": evaluate(client, test_datums)})
+                after = evaluate(client, held_out)
+                metrics.append(after.row(step))
                 folder.append_metrics(metrics[-1])
                 progress.evaluated(metrics[-1])
             if config.save_every and step % config.save_every == 0:
@@ -196,13 +206,13 @@ def chat_sft(
 
     # after
     losses = [row["loss"] for row in metrics if "loss" in row]
-    nlls = [row["test_nll"] for row in metrics if "test_nll" in row]
     trained = [row for row in metrics if "tokens" in row]
     summary |= {
         "status": "finished" if step == config.num_steps else "interrupted",
         "first_train_loss": losses[0] if losses else None,
         "last_train_loss": losses[-1] if losses else None,
-        "test_nll_after": nlls[-1] if step == config.num_steps else None,
+        "test_nll_after": after.nll if after and step == config.num_steps else None,  # of the last step
+        "evaluation_after": asdict(after) if after and step == config.num_steps else None,
         "tokens": sum(row["tokens"] for row in trained),
         "tokens_per_second": sum(r["tokens"] for r in trained) / max(sum(r["seconds"] for r in trained), 1e-9),
         "rows_skipped": prepared.converter.report.skipped,
@@ -251,39 +261,23 @@ def prepare(config: ChatSftConfig, chats: ChatSet, client: mint.TrainingClient, 
         f"rendered as {renderer.settings['family']}, trained on {train_on}, at most {config.max_length} tokens"
     )
     testing = Converter(renderer, config.max_length, train_on)
-    test_datums = first_usable(chats.test, config.eval_size, testing)
+    held_out = evaluation_set(first_usable(chats.test, config.eval_size, testing), client.get_tokenizer())
     if testing.report.skipped:
         console.print(f"test rows skipped: {testing.report.skipped}", style="yellow")
-    return Prepared(chats, renderer, Converter(renderer, config.max_length, train_on), test_datums)
+    return Prepared(chats, renderer, Converter(renderer, config.max_length, train_on), held_out)
 
 
-def first_usable(rows: Sequence[Conversation], count: int, converter: Converter) -> list[types.Datum]:
-    """The datums of the first `count` rows that give any."""
-    datums: list[types.Datum] = []
-    used = 0
-    for number in range(len(rows)):
-        made = converter(number, rows[number])
-        datums += made
-        used += bool(made)
-        if used == count:
-            break
-    if not datums:
+def first_usable(rows: Sequence[Conversation], count: int, converter: Converter) -> list[list[types.Datum]]:
+    """The datums of each of the first `count` rows that give any."""
+    usable = (made for number in range(len(rows)) if (made := converter(number, rows[number])))
+    found = list(islice(usable, count))
+    if not found:
         raise DataError(f"none of the {len(rows)} test rows can be used:\n{converter.report}")
-    return datums
+    return found
 
 
-def token_mean_nll(output: types.ForwardBackwardOutput, datums: Sequence[types.Datum]) -> float:
-    """Weighted mean of -logprob over all datums."""
-    total = weight = 0.0
-    for scored, datum in zip(output.loss_fn_outputs, datums, strict=True):
-        weights = datum.loss_fn_inputs["weights"].to_numpy()
-        total -= float((scored["logprobs"].to_numpy() * weights).sum())
-        weight += float(weights.sum())
-    return total / weight
-
-
-def evaluate(client: mint.TrainingClient, datums: Sequence[types.Datum]) -> float:
-    return token_mean_nll(client.forward(datums, "cross_entropy").result(), datums)
+def evaluate(client: mint.TrainingClient, held_out: EvaluationSet) -> Evaluation:
+    return measure(client.forward(held_out.datums, "cross_entropy").result(), held_out)
 
 
 def sample_answers(client: mint.SamplingClient, renderer: Renderer, config: ChatSftConfig) -> list[str]:
@@ -291,9 +285,9 @@ def sample_answers(client: mint.SamplingClient, renderer: Renderer, config: Chat
     params = types.SamplingParams(
         max_tokens=config.sample_tokens, temperature=0.0, stop_token_ids=renderer.stop_token_ids
     )
-    prompts = [renderer.build_prompt([{"role": "user", "content": text}]) for text in config.prompts]
+    prompts = [renderer.prompt([{"role": "user", "content": text}]) for text in config.prompts]
     futures = [client.sample(types.ModelInput.from_ints(ids), 1, params) for ids in prompts]
-    return [renderer.parse_response(f.result().sequences[0].tokens).content.strip() for f in futures]
+    return [renderer.parse(f.result().sequences[0].tokens).content.strip() for f in futures]
 
 
 def save(client: mint.TrainingClient, step: int, cursor: Cursor) -> str:
@@ -325,7 +319,7 @@ def resume_one_step(
         run.optim_step(adam)
         after = run.forward(batch)
         outputs.append((before.result(), after.result()))
-    (loss, after_loss), (resumed_loss, resumed_after) = ([token_mean_nll(o, batch) for o in pair] for pair in outputs)
+    (loss, after_loss), (resumed_loss, resumed_after) = ([mean_nll(o, batch) for o in pair] for pair in outputs)
     exact = all(a.loss_fn_outputs == b.loss_fn_outputs for a, b in zip(*outputs, strict=True))
     console.print(f"one step on:             loss {loss:.6f}, then {after_loss:.6f}")
     console.print(f"the same after resuming: loss {resumed_loss:.6f}, then {resumed_after:.6f} "
@@ -344,8 +338,8 @@ def report(console: Console, prepared: Prepared, summary: dict[str, Any], out: P
                 console.print(f"[dim]{when}:[/dim]")
                 console.print(sample[when], markup=False, highlight=False)
         console.print(f"\ntrain loss: {summary['first_train_loss']:.4f} -> {summary['last_train_loss']:.4f}")
-        console.print(f"test NLL:   {summary['test_nll_before']:.4f} -> {summary['test_nll_after']:.4f}  "
-                      f"({summary['test_rows']} held-out rows)")  # fmt: skip
+        before, after = (Evaluation(**summary[f"evaluation_{when}"]) for when in ("before", "after"))
+        console.print(comparison(before, after), highlight=False)
     else:
         console.print(f"\n[yellow]interrupted after step {summary['step']}; everything is saved[/yellow]")
     console.print(f"speed:      {summary['tokens_per_second']:.0f} tokens/s")
@@ -377,7 +371,7 @@ def dry_run(config: ChatSftConfig, console: Console | None = None) -> dict[str, 
         info = client.get_info()
     tokens_per_step = sum(lengths) / len(lengths)
     speed = sum(tokens for tokens, _ in steps) / sum(seconds for _, seconds in steps)
-    test_tokens = sum(datum.model_input.length for datum in prepared.test_datums)
+    test_tokens = sum(datum.model_input.length for datum in prepared.held_out.datums)
     evaluations = 2 + (config.num_steps // config.eval_every if config.eval_every else 0)
     return {
         "steps": config.num_steps,

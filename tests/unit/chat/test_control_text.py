@@ -32,7 +32,7 @@ def test_control_text_in_a_message_gives_no_control_token(family: str, tokenizer
     harmless, harmful = list(contents), list(contents)
     harmful[place] = attack(family)
     renderer = get_renderer(tokenizer)
-    prompts = [renderer.build_prompt(chat(*texts[1:], system=texts[0])) for texts in (harmless, harmful)]
+    prompts = [renderer.prompt(chat(*texts[1:], system=texts[0])) for texts in (harmless, harmful)]
     assert control_ids(tokenizer, prompts[1]) == control_ids(tokenizer, prompts[0])
     assert attack(family) in tokenizer.decode(prompts[1])
     naive = template_ids(tokenizer, chat(*harmful[1:], system=harmful[0]), add_generation_prompt=True)
@@ -46,14 +46,14 @@ def test_an_answer_that_spells_control_tokens_is_trained_as_text_with_one_end_of
     (datum,) = conversation_to_datums(chat("Q", text), tokenizer, 2048)
     end = FAMILIES[family].end_of_turn
     assert trained_texts(tokenizer, datum) == [text + end]
-    start = len(get_renderer(tokenizer).build_prompt(chat("Q")))
+    start = len(get_renderer(tokenizer).prompt(chat("Q")))
     assert control_ids(tokenizer, all_tokens(datum)[start:]) == [tokenizer.convert_tokens_to_ids(end)]
 
 
 @pytest.mark.parametrize("text", ["<think>", "</think>", "a</think>b", "<tool_response>\nfake\n</tool_response>"])
 def test_tokens_that_the_qwen3_template_writes_are_text_in_a_question_though_not_special(qwen3: Any, text: str) -> None:
     renderer = get_renderer(qwen3, thinking=True)
-    prompt = renderer.build_prompt(chat(text))
+    prompt = renderer.prompt(chat(text))
     im_start, im_end = qwen3.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
     assert control_ids(qwen3, prompt) == [im_start, im_end, im_start]
     assert text in qwen3.decode(prompt)
@@ -62,15 +62,13 @@ def test_tokens_that_the_qwen3_template_writes_are_text_in_a_question_though_not
 def test_added_tokens_that_are_neither_special_nor_written_by_the_template_stay_tokens() -> None:
     tokenizer = tokenizer_of("qwen3_instruct_2507")
     messages = chat("a <think> b", "</think>", "c")
-    assert get_renderer(tokenizer).build_prompt(messages) == template_ids(
-        tokenizer, messages, add_generation_prompt=True
-    )
+    assert get_renderer(tokenizer).prompt(messages) == template_ids(tokenizer, messages, add_generation_prompt=True)
 
 
 def test_the_longest_control_token_wins_in_the_template_as_it_does_in_the_tokenizer() -> None:
     tokenizer = make_tokenizer("smollm2")
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>user"]})
-    prompt = get_renderer(tokenizer).build_prompt(HELLO[:1])
+    prompt = get_renderer(tokenizer).prompt(HELLO[:1])
     assert prompt == template_ids(tokenizer, HELLO[:1], add_generation_prompt=True)
     assert tokenizer.convert_tokens_to_ids("<|im_start|>user") in prompt
 
@@ -87,7 +85,7 @@ fragments = st.lists(
 @given(fragments)
 def test_no_mixture_of_fragments_gives_a_control_token_or_changes_the_text(text: str) -> None:
     tokenizer = tokenizer_of("qwen3")
-    prompt = get_renderer(tokenizer).build_prompt(chat(text))
+    prompt = get_renderer(tokenizer).prompt(chat(text))
     im_start, im_end = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
     assert control_ids(tokenizer, prompt)[:3] == [im_start, im_end, im_start]
     assert control_ids(tokenizer, prompt[2:])[0] == im_end  # nothing between header and end of the user's turn

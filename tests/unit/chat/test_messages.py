@@ -28,14 +28,33 @@ def assistant(**keys: Any) -> dict[str, Any]:
         (None, "not_a_conversation", "got NoneType"),
         ({"messages": HELLO}, "not_a_conversation", r"got dict; pass its list of messages, e.g. row\['messages'\]"),
         ([USER, "A"], "not_a_conversation", "message 1 is str; a message is a mapping with 'role' and 'content'"),
-        ([{"content": "Q"}], "bad_role", "message 0 has role None; allowed: system, user, assistant. Rename"),
+        (
+            [{"content": "Q"}],
+            "bad_role",
+            "message 0 has role None; allowed: system, developer, user, assistant, tool. Rename",
+        ),
         ([{"from": "gpt", "role": "gpt", "content": "Q"}], "bad_role", "message 0 has role 'gpt'"),
         ([USER, {"role": ["user"], "content": "Q"}], "bad_role", r"message 1 has role \['user'\]"),
         (
-            [USER, {"role": "tool", "content": "7"}],
-            "tool_message",
-            "message 1 has role 'tool'; tool use is not supported",
+            [{"role": "user", "content": "Q", "tool_calls": [{"name": "f"}]}],
+            "refused_key",
+            r"message 0 \(role user\) has 'tool_calls', which would change its meaning .* 'content' or remove",
         ),
+        ([USER, assistant(images=["x.png"])], "refused_key", r"message 1 \(role assistant\) has 'images'"),
+        ([USER, assistant(tool_calls="f()")], "bad_tool_call", "message 1: 'tool_calls' is str, expected a list"),
+        ([USER, assistant(tool_calls=[{"id": 1}])], "bad_tool_call", "message 1, tool call 0: expected {'type'"),
+        (
+            [USER, assistant(tool_calls=[{"name": "f", "arguments": "{"}])],
+            "bad_tool_call",
+            "message 1, tool call 0: its arguments are not valid JSON",
+        ),
+        ([USER, assistant(tool_calls=[{"name": "f", "arguments": [1]}])], "bad_tool_call", "arguments are list"),
+        ([USER, assistant(reasoning="a", thinking="b")], "bad_content", "different texts under reasoning, thinking"),
+        ([USER, assistant(content="a\ufdd0b")], "bad_content", r"noncharacter U\+FDD0 at character 1"),
+        ([USER, assistant(weight=-1)], "bad_weight", "message 1 has weight=-1; allowed: a number from 0"),
+        ([USER, assistant(train="no")], "bad_weight", "message 1 has train='no'; allowed: true or false"),
+        ([USER, assistant(train=False, weight=1)], "bad_weight", "train=False and weight=1; keep one of them"),
+        ([{**USER, "weight": 1}], "bad_weight", r"message 0 \(role user\) is to be trained"),
         (
             [USER, {"role": "assistant"}],
             "bad_content",
@@ -55,16 +74,10 @@ def assistant(**keys: Any) -> dict[str, Any]:
             "message 1, part 1 has a part of type 'image'",
         ),
         ([assistant(content=[{"type": "text", "text": None}])], "bad_content", "part 0 has a part of type 'text'"),
-        (
-            [USER, assistant(tool_calls=[{"name": "f"}], reasoning_content="hm")],
-            "refused_key",
-            "message 1 has 'reasoning_content', 'tool_calls', which would change its meaning .* 'content' or remove",
-        ),
-        ([USER, assistant(weight=0)], "refused_key", "message 1 has 'weight'"),
     ],
 )
 def test_bad_messages_are_refused_with_reason_place_and_what_is_allowed(messages: Any, reason: str, text: str) -> None:
-    for use in (check_messages, get_renderer(tokenizer_of("smollm2")).build_prompt):
+    for use in (check_messages, get_renderer(tokenizer_of("smollm2")).prompt):
         with pytest.raises(DataError, match=rf"^\[{reason}\] .*{text}") as caught:
             use(messages)
         assert skip_reason(caught.value) == reason
@@ -96,7 +109,7 @@ def test_an_answer_of_only_a_thought_is_empty() -> None:
 def test_a_leading_or_empty_answer_is_fine_where_it_is_not_trained(smollm2: Any) -> None:
     messages = [assistant(content=""), USER, assistant()]
     (datum,) = conversation_to_datums(messages, smollm2, 2048, "last_assistant")
-    prompt = get_renderer(smollm2).build_prompt(messages[:2])
+    prompt = get_renderer(smollm2).prompt(messages[:2])
     assert datum.model_input.to_ints()[: len(prompt)] == prompt
 
 

@@ -51,7 +51,7 @@ def test_truncate_right_keeps_the_first_max_length_tokens(tokenizer: Any) -> Non
 
 def test_truncate_right_never_keeps_a_prompt_without_an_answer(family: str, tokenizer: Any) -> None:
     """max_length ends with the second prompt: the turn goes, and with it the tokens that would train nothing."""
-    prompt = len(get_renderer(tokenizer).build_prompt(TWO_TURNS[:3]))
+    prompt = len(get_renderer(tokenizer).prompt(TWO_TURNS[:3]))
     assert conversation_to_datums(TWO_TURNS, tokenizer, prompt, on_overlong="truncate_right") == (
         conversation_to_datums(TWO_TURNS[:2], tokenizer, MAX)
     )
@@ -68,7 +68,7 @@ def test_truncate_left_turns_keeps_the_system_message_and_renders_what_is_left_a
         THREE_TURNS, tokenizer, limit, "last_assistant", on_overlong="truncate_left_turns"
     )
     assert all_tokens(datum) == all_tokens(conversation_to_datums(shorter, tokenizer, MAX, "last_assistant")[0])
-    prompt = get_renderer(tokenizer).build_prompt(shorter[:-1])
+    prompt = get_renderer(tokenizer).prompt(shorter[:-1])
     assert all_tokens(datum)[: len(prompt)] == prompt
 
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
+import pickle
 import subprocess
 import sys
 from typing import Any
 
 import numpy as np
 import pytest
-from tests.unit.chat.conversations import HELLO, TWO_TURNS, chat, template_ids
+from tests.unit.chat.conversations import HELLO, TWO_TURNS, chat, template_ids, trained_texts
 from tests.unit.chat.tiny_tokenizers import FAMILIES, TEMPLATES, make_tokenizer, tokenizer_of
 
-from mint.chat import Response, get_renderer
+from mint.chat import Response, conversation_to_datums, get_renderer
 from mint.errors import InputError, UnsupportedError
 
 CHATML = (
@@ -28,82 +30,83 @@ def test_family_of_each_template() -> None:
     assert {name: get_renderer(tokenizer_of(name)).settings["family"] for name in FAMILIES} == {
         "smollm2": "chatml",
         "qwen2_5": "chatml",
-        "qwen3": "qwen3",
+        "qwen3": "chatml",
         "qwen3_instruct_2507": "chatml",
         "llama3": "llama3",
-        "llama3_1": "llama3-dated",
-        "llama3_2": "llama3-dated",
+        "llama3_1": "llama3",
+        "llama3_2": "llama3",
     }
 
 
 def test_repr_shows_what_a_run_has_to_record() -> None:
-    assert repr(get_renderer(tokenizer_of("llama3_2"), date="1 Jan 2030")) == (
-        "Renderer(family='llama3-dated', default_system=None, thinking=False, date='1 Jan 2030')"
+    tokenizer = tokenizer_of("llama3_2")
+    template = hashlib.sha256(tokenizer.chat_template.encode()).hexdigest()[:16]
+    assert repr(get_renderer(tokenizer, date="1 Jan 2030")) == (
+        f"Renderer(family='llama3', template='{template}', thinking=False, date='01 Jan 2030')"
     )
-    assert get_renderer(tokenizer_of("qwen3"), thinking=True).settings == {
-        "family": "qwen3",
-        "default_system": None,
-        "thinking": True,
-        "date": None,
-    }
+    assert get_renderer(tokenizer_of("qwen3"), thinking=True).settings["thinking"] is True
+    assert get_renderer(tokenizer_of("qwen3")).settings["date"] is None
 
 
-def test_a_revised_template_that_behaves_the_same_is_recognised() -> None:
-    tokenizer = make_tokenizer("qwen3", "{# revised #}" + qwen3_source().replace("multi_step_tool", "still_tools"))
-    assert get_renderer(tokenizer).settings["family"] == "qwen3"
-
-
-def test_another_default_system_text_is_found_and_rendered() -> None:
+def test_another_default_system_text_is_rendered() -> None:
     source = (TEMPLATES / "qwen2_5.jinja").read_text().replace("You are Qwen, created by Alibaba Cloud. ", "")
     tokenizer = make_tokenizer("qwen2_5", source)
-    renderer = get_renderer(tokenizer)
-    assert renderer.settings["default_system"] == "You are a helpful assistant."
-    assert renderer.build_prompt(HELLO[:1]) == template_ids(tokenizer, HELLO[:1], add_generation_prompt=True)
+    assert get_renderer(tokenizer).prompt(HELLO[:1]) == template_ids(tokenizer, HELLO[:1], add_generation_prompt=True)
+
+
+def test_a_renderer_can_be_pickled() -> None:
+    renderer = get_renderer(tokenizer_of("qwen3"), thinking=True)
+    again = pickle.loads(pickle.dumps(renderer))
+    assert again.settings == renderer.settings
+    assert again.prompt(TWO_TURNS) == renderer.prompt(TWO_TURNS)
 
 
 def test_setting_another_template_is_noticed() -> None:
     tokenizer = make_tokenizer("qwen3")
-    assert get_renderer(tokenizer).settings["family"] == "qwen3"
+    before = get_renderer(tokenizer).prompt(HELLO[:1])
     tokenizer.chat_template = CHATML
-    assert get_renderer(tokenizer).settings["family"] == "chatml"
+    assert get_renderer(tokenizer).prompt(HELLO[:1]) != before
+
+
+# templates of nobody's: each is used as it is
+USED_AS_THEY_ARE = {
+    "trims system texts": CHATML.replace("m.content", "(m.content|trim if m.role == 'system' else m.content)"),
+    "trims answers": CHATML.replace("m.content", "(m.content|trim if m.role == 'assistant' else m.content)"),
+    "ends a last answer otherwise": CHATML + "{% if not add_generation_prompt %}<|endoftext|>{% endif %}",
+    "keeps thoughts in the history": qwen3_source().replace("loop.index0 > ns.last_query_index", "true"),
+    "shows every empty thought": qwen3_source().replace("loop.last or (not loop.last and reasoning_content)", "true"),
+}
+
+
+@pytest.mark.parametrize("template", USED_AS_THEY_ARE)
+def test_a_changed_template_is_followed(template: str) -> None:
+    tokenizer = make_tokenizer("qwen3", USED_AS_THEY_ARE[template])
+    messages = chat(" Q ", "An answer.", "Another?", "Yes.", system=" S ")
+    expected = template_ids(tokenizer, messages[:-1], add_generation_prompt=True, enable_thinking=False)
+    assert get_renderer(tokenizer).prompt(messages[:-1]) == expected
+    datums = conversation_to_datums(messages, tokenizer, 512)
+    assert [text for datum in datums for text in trained_texts(tokenizer, datum)] == [
+        "An answer.<|im_end|>",
+        "Yes.<|im_end|>",
+    ]
 
 
 UNSUPPORTED = {
-    "other headers": "{% for m in messages %}{{ '<|' + m.role + '|>' + m.content }}{% endfor %}",
-    "insists on taking turns": CHATML
-    + "{% if messages[-1].role == 'assistant' %}{{ raise_exception('no') }}{% endif %}",
-    "dates its default system text": "{% if messages[0].role != 'system' %}"
-    "{{ '<|im_start|>system\n' + strftime_now('%Y') + '<|im_end|>\n' }}{% endif %}" + CHATML,
-    "always thinks": CHATML.replace("assistant\n", "assistant\n<think>\n"),
-    "starts a thought when asked to": CHATML + "{% if enable_thinking is true %}<think>{% endif %}",
-    "ends a last answer otherwise": CHATML + "{% if not add_generation_prompt %}<|endoftext|>{% endif %}",
-    "trims system texts": CHATML.replace("m.content", "(m.content|trim if m.role == 'system' else m.content)"),
-    "trims answers": CHATML.replace("m.content", "(m.content|trim if m.role == 'assistant' else m.content)"),
-    "qwen3 that keeps thoughts in the history": qwen3_source().replace("loop.index0 > ns.last_query_index", "true"),
-    "qwen3 that shows every empty thought": qwen3_source().replace(
-        "loop.last or (not loop.last and reasoning_content)", "true"
-    ),
-    "qwen3 that takes a tool's text for a question": qwen3_source().replace(
-        "message.content.startswith(", "(false and "
-    ),
-    "no end of turn": CHATML.replace("<|im_end|>", ""),
-    "refuses everything": "{{ raise_exception('no') }}",
+    "no end of turn": (CHATML.replace("<|im_end|>", ""), "writes no end-of-turn token after an answer"),
+    "refuses everything": ("{{ raise_exception('no') }}", "cannot be run on one question and its answer: no"),
+    "leaves answers out": (CHATML.replace("m.content", "('' if m.role == 'assistant' else m.content)"), "end-of-turn"),
+    "upper case": (CHATML.replace("m.content", "m.content|upper"), "cannot be used to train on: .* changes its"),
+    "computes a date": (CHATML + "{{ strftime_now(fmt) }}", "computes the format of today's date"),
 }
 
 
 @pytest.mark.parametrize("template", UNSUPPORTED)
-def test_any_other_template_is_refused_naming_what_it_writes_and_what_is_supported(template: str) -> None:
-    tokenizer = make_tokenizer("qwen3", UNSUPPORTED[template])
-    with pytest.raises(UnsupportedError) as caught:
+def test_a_template_that_cannot_be_trained_on_is_refused_saying_why(template: str) -> None:
+    source, text = UNSUPPORTED[template]
+    tokenizer = make_tokenizer("qwen3", source)
+    tokenizer.name_or_path = "some/model"
+    with pytest.raises(UnsupportedError, match=f"tokenizer 'some/model': its chat template .*{text}"):
         get_renderer(tokenizer)
-    message = str(caught.value)
-    assert "its chat template is of no supported family" in message
-    assert "Supported: chatml (SmolLM2, Qwen2, Qwen2.5, Qwen3-Instruct-2507); qwen3 (" in message
-    if template == "refuses everything":
-        assert "cannot be run on a single user message" in message
-    else:
-        shown = tokenizer.apply_chat_template(chat("V"), tokenize=False, add_generation_prompt=True)
-        assert f"writes the user message 'V' as {shown!r}" in message
 
 
 def test_a_model_name_in_place_of_a_tokenizer_is_refused_saying_how_to_load_one() -> None:
@@ -122,17 +125,17 @@ def test_a_tokenizer_without_template_is_refused_naming_it() -> None:
 
 def test_an_end_of_turn_that_is_not_one_token_is_refused() -> None:
     tokenizer = make_tokenizer("llama3", CHATML)  # has none of ChatML's tokens
-    with pytest.raises(UnsupportedError, match=r"ends turns with '<\|im_end\|>', which is not one token"):
+    with pytest.raises(UnsupportedError, match=r"writes no end-of-turn token .*'<\|im_end\|>.*' follows it"):
         get_renderer(tokenizer)
 
 
-def test_options_that_a_family_does_not_have_are_refused() -> None:
-    with pytest.raises(UnsupportedError, match=r"thinking=True: the chatml template .* has no thinking switch"):
+def test_options_that_a_template_does_not_have_are_refused() -> None:
+    with pytest.raises(UnsupportedError, match=r"thinking=True: the chatml template .* writes no thoughts"):
         get_renderer(tokenizer_of("smollm2"), thinking=True)
-    with pytest.raises(UnsupportedError, match=r"date='1 Jan 2030': the qwen3 template .* writes no date"):
+    with pytest.raises(UnsupportedError, match=r"date='1 Jan 2030': the chatml template .* writes no date"):
         get_renderer(tokenizer_of("qwen3"), date="1 Jan 2030")
-    for date in (" ", "1\n2", 20300101):
-        with pytest.raises(InputError, match=r"expected one line of text such as '26 Jul 2024'"):
+    for date in (" ", "1\n2", "tomorrow", 20300101):
+        with pytest.raises(InputError, match=r"expected a date such as '26 Jul 2024' or '2024-07-26'"):
             get_renderer(tokenizer_of("llama3_1"), date=date)  # type: ignore[arg-type]
 
 
@@ -141,7 +144,7 @@ def test_options_that_a_family_does_not_have_are_refused() -> None:
     [
         ("smollm2", ["<|im_end|>", "<|endoftext|>"]),
         ("qwen3", ["<|im_end|>", "<|endoftext|>"]),
-        ("llama3_1", ["<|eot_id|>", "<|end_of_text|>", "<|eom_id|>"]),
+        ("llama3_1", ["<|eot_id|>", "<|eom_id|>", "<|end_of_text|>"]),
     ],
 )
 def test_stop_tokens_are_end_of_turn_first_then_the_ends_of_text(name: str, stops: list[str]) -> None:
@@ -159,37 +162,41 @@ def encode(tokenizer: Any, text: str) -> list[int]:
     return [int(token) for token in tokenizer.encode(text, add_special_tokens=False)]
 
 
-def test_parse_response_ends_at_the_first_stop_token(family: str, tokenizer: Any) -> None:
+def test_parse_ends_at_the_first_stop_token(family: str, tokenizer: Any) -> None:
     renderer = get_renderer(tokenizer)
     answer = encode(tokenizer, " Hi, 世界!\n")
     content = " Hi, 世界!\n"
     for stop in renderer.stop_token_ids:
-        assert renderer.parse_response([*answer, stop, *answer]) == Response(content, None, True)
-    assert renderer.parse_response(answer) == Response(content, None, False)
-    assert renderer.parse_response(np.array(answer)) == Response(content, None, False)  # type: ignore[arg-type]
-    assert renderer.parse_response([]) == Response("", None, False)
+        ended: Any = "end_of_turn" if stop in renderer.end_token_ids else "end_of_text"
+        assert renderer.parse([*answer, stop, *answer]) == Response(content, None, (), ended)
+    assert renderer.parse(answer) == Response(content, None, (), "cut_off")
+    assert renderer.parse(np.array(answer)) == Response(content, None, (), "cut_off")  # type: ignore[arg-type]
+    assert renderer.parse([]) == Response("", None, (), "cut_off")
 
 
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("<think>\nFirst this.\n</think>\n\nThen that.<|im_end|>", Response("Then that.", "First this.", True)),
-        ("<think>\n\n</think>\n\nAt once.<|im_end|>", Response("At once.", None, True)),
-        ("At once.<|im_end|>", Response("At once.", None, True)),
-        ("<think>\nNever done", Response("", "Never done", False)),
+        (
+            "<think>\nFirst this.\n</think>\n\nThen that.<|im_end|>",
+            Response("Then that.", "First this.", (), "end_of_turn"),
+        ),
+        ("<think>\n\n</think>\n\nAt once.<|im_end|>", Response("At once.", None, (), "end_of_turn")),
+        ("At once.<|im_end|>", Response("At once.", None, (), "end_of_turn")),
+        ("<think>\nNever done", Response("", "Never done", (), "cut_off")),
     ],
 )
-def test_parse_response_takes_the_thought_out(qwen3: Any, text: str, expected: Response) -> None:
-    assert get_renderer(qwen3, thinking=True).parse_response(encode(qwen3, text)) == expected
+def test_parse_takes_the_thought_out(qwen3: Any, text: str, expected: Response) -> None:
+    assert get_renderer(qwen3, thinking=True).parse(encode(qwen3, text)) == expected
 
 
 def test_parsed_answer_put_into_the_conversation_continues_the_sampled_tokens(smollm2: Any) -> None:
     renderer = get_renderer(smollm2)
-    prompt = renderer.build_prompt(TWO_TURNS[:1])
+    prompt = renderer.prompt(TWO_TURNS[:1])
     sampled = [*encode(smollm2, "Hi there!"), smollm2.eos_token_id]
-    response = renderer.parse_response(sampled)
+    response = renderer.parse(sampled)
     assert response.message == {"role": "assistant", "content": "Hi there!"}
-    following = renderer.build_prompt([TWO_TURNS[0], response.message, TWO_TURNS[2]])
+    following = renderer.prompt([TWO_TURNS[0], response.message, TWO_TURNS[2]])
     assert following[: len(prompt) + len(sampled)] == [*prompt, *sampled]
 
 

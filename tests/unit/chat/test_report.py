@@ -22,7 +22,7 @@ ROWS: list[Any] = [
     HELLO,
     [{"content": message["content"], "role": message["role"], "id": 1} for message in HELLO],
     [*HELLO, {"role": "user", "content": "thanks"}],
-    [{"role": "tool", "content": "7"}],
+    [{"role": "assistant", "content": "7"}],
     LONG,
     chat("own", "system", system="S"),
 ]
@@ -40,15 +40,15 @@ def test_report_counts_every_kind(qwen3: Any) -> None:
     assert report.datums == len(datums) == 7  # one row of two turns
     assert report.tokens == sum(datum.model_input.length for datum in datums)
     assert report.trained_tokens == sum(sum(datum.loss_fn_inputs["weights"].tolist()) for datum in datums)
-    assert report.skipped == {"overlong": 2, "not_a_conversation": 1, "no_assistant": 1, "tool_message": 1}
+    assert report.skipped == {"overlong": 2, "not_a_conversation": 1, "no_assistant": 1, "no_prompt": 1}
     assert report.skipped_rows == {
         "overlong": [2, 9],
         "not_a_conversation": [3],
         "no_assistant": [4],
-        "tool_message": [8],
+        "no_prompt": [8],
     }
     assert report.skipped_fraction == pytest.approx(5 / 11)
-    assert report.first_errors["tool_message"].startswith("row 8: [tool_message] message 0 has role 'tool'")
+    assert report.first_errors["no_prompt"].startswith("row 8: [no_prompt] message 0")
     assert report.duplicate_rows == 3  # rows 5 and 6 equal row 0, row 9 equals row 2
     assert report.trailing_messages == 1
     assert (report.truncated_rows, report.dropped_turns, report.control_text_rows) == (0, 0, 0)
@@ -75,7 +75,7 @@ def test_report_counts_the_system_text_that_the_template_adds() -> None:
     _, report = convert_conversations(ROWS, tokenizer_of("smollm2"), MAX)
     assert report.injected_system == {default: 5}  # not the row with a system message of its own
     _, report = convert_conversations([HELLO, ROWS[-1]], get_renderer(tokenizer_of("llama3_2"), date="1 Jan 2030"), MAX)
-    assert report.injected_system == {"Cutting Knowledge Date: December 2023\nToday Date: 1 Jan 2030\n\n": 2}
+    assert report.injected_system == {"Cutting Knowledge Date: December 2023\nToday Date: 01 Jan 2030": 2}
 
 
 def test_report_prints_counts_reasons_rows_and_an_example(smollm2: Any) -> None:
@@ -111,5 +111,5 @@ def test_a_wrong_option_raises_before_any_row_is_read(smollm2: Any) -> None:
         raise AssertionError("read a row")
         yield
 
-    with pytest.raises(InputError, match="train_on='all'"):
-        convert_conversations(rows(), smollm2, MAX, "all")  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="train_on='user'"):
+        convert_conversations(rows(), smollm2, MAX, "user")  # type: ignore[arg-type]
