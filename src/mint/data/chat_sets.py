@@ -131,7 +131,7 @@ def _columns_of(given: str | Sequence[str] | None, names: Sequence[str]) -> dict
         if one is not None and one not in names:
             raise InputError(f"columns {text!r}: there is no data set {one!r}, only {', '.join(names)}")
         columns = parse_columns(match["pairs"] if match else text)
-        for name in [one] if one is not None else [name for name in names if name not in CHAT_SETS]:
+        for name in [one] if one is not None else [name for name in found if name not in CHAT_SETS]:
             if found[name] is not None:
                 raise InputError(f"columns {text!r}: those of {name} are given twice")
             found[name] = columns

@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from tests.support.fakehub import FakeHub
+from tests.unit.chat.conversations import trained_texts
 from tests.unit.chat.tiny_tokenizers import tokenizer_of
 
 from mint.chat import Converter, UnusableRow
@@ -23,6 +24,8 @@ from mint.data import load_chat_set, origin
 from mint.data.sources import hub_splits
 from mint.errors import DataError, InputError
 from mint.hub import HubListing, matching
+
+PAIRS = "prompt=prompt,completion=completion"
 
 
 def turns(text):
@@ -106,6 +109,23 @@ def test_rows_that_cannot_be_read_are_counted_with_file_row_and_field(tmp_path):
     converter = Converter(tokenizer_of("smollm2"), 256)
     assert sum(len(converter(number, rows[number])) for number in range(4)) == 2
     assert converter.report.skipped_rows == {"unreadable": [1, 2]}
+
+
+def test_answers_within_a_prompt_are_context(tmp_path):
+    tokenizer = tokenizer_of("smollm2")
+    prompt = [*turns("first"), {"role": "user", "content": "again"}]
+    write(tmp_path / "a.jsonl", [{"prompt": prompt, "completion": "answer"}, {"text": "plain text"}])
+    rows = load_chat_set(str(tmp_path / "a.jsonl"), test=tmp_path / "a.jsonl", columns=PAIRS).train
+    (datum,) = Converter(tokenizer, 256)(0, rows[0])
+    assert trained_texts(tokenizer, datum) == ["answer<|im_end|>"]
+    assert rows[1].error.endswith("row 1 (line 2): field 'prompt': not there")
+
+
+def test_a_parquet_file_that_was_written_anew_is_read_anew(tmp_path):
+    for name in "ab":
+        write(tmp_path / "a.parquet", records(name, 12))
+        chats = load_chat_set(str(tmp_path / "a.parquet"))
+        assert texts([*chats.train, *chats.test]) == names(name, 12)
 
 
 def test_a_folder_is_the_set_of_its_files_in_order(tmp_path, caplog):
