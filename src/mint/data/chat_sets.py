@@ -74,7 +74,8 @@ def load_chat_set(
         are held out by content. One set, no mixture.
     Raises DataError naming what is wrong, InputError, HubUnreachableError within seconds, StorageError.
     """
-    parts = [parse_part(text) for text in ([name] if isinstance(name, str) else name)]
+    given = [name] if isinstance(name, str) else list(name)
+    parts = [parse_part(text) for text in given] if len(given) > 1 else list(map(Part, given))
     names = [part.name for part in parts]
     if not parts or len(set(names)) < len(parts):
         raise InputError(f"dataset {', '.join(names)!r}: give at least one set, and none twice")
@@ -87,9 +88,8 @@ def load_chat_set(
     held_out = _held_out(test)
     other = held_out.other
     columns_of = _columns_of(columns, [*names, other] if other is not None else names)
-    window = (
-        None if shuffle_buffer is None else shuffle_buffer + int(shuffle_buffer / (1 - (held_out.fraction or 0.1))) + 1
-    )
+    # blocks of the buffer's length in the rows to train on; those held out lie between them
+    window = None if shuffle_buffer is None else int(shuffle_buffer * (1 + 1 / (1 - (held_out.fraction or 0.1)))) + 1
     sets = [_load(name, columns_of[name], seed, settings, held_out, window) for name in names]
     chats = sets[0] if len(sets) == 1 else _mixed(parts, sets, seed)
     if other is None:

@@ -83,6 +83,13 @@ def test_every_format_gives_the_same_rows(tmp_path, name):
         assert origin(rows, 3).startswith(f"{tmp_path / name}, row {number}")
 
 
+def test_the_name_of_a_single_set_may_end_like_a_share(tmp_path):
+    write(tmp_path / "set=2" / "a.jsonl", records("r", 10))
+    chats = load_chat_set(str(tmp_path / "set=2"))
+    assert len(chats.train) == 9 and chats.name == str(tmp_path / "set=2")
+    assert len(load_chat_set([f"{tmp_path}/set=2=1", "packaged=1"]).train) == 18
+
+
 def test_what_was_found_is_told(tmp_path, caplog):
     write(tmp_path / "a.jsonl", [{"id": i, "conversations": [{"from": "human", "value": "q"}]} for i in range(3)])
     with caplog.at_level(logging.INFO, "mint"):
