@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import mmap
 from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -133,12 +132,11 @@ class CsvLine:
 
 
 class TextRecords:
-    """Records of a text file. Only where each begins is kept, 16 bytes a record; can be sent to other processes."""
+    """Records of a text file. Only where each begins is kept, 16 bytes a record."""
 
     def __init__(self, path: Path, name: str, read: JsonLine | CsvLine, starts: array[int], lines: array[int]) -> None:
         """starts: of every record, and the end of the last."""
         self._path, self._name, self._read, self._starts, self._lines = path, name, read, starts, lines
-        self._map: mmap.mmap | None = None
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -148,19 +146,17 @@ class TextRecords:
         return len(self._lines)
 
     def __getitem__(self, number: int) -> dict[str, Any]:
-        if self._map is None:
-            with self._path.open("rb") as file:
-                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        # opened for every record: no state, and no page of the file counts as this process's memory
+        with self._path.open("rb", buffering=0) as file:
+            file.seek(self._starts[number])
+            data = file.read(self._starts[number + 1] - self._starts[number])
         try:
-            return self._read(self._map[self._starts[number] : self._starts[number + 1]].strip(b"\r\n"))
+            return self._read(data.strip(b"\r\n"))
         except DataError as error:
             raise DataError(f"{self.place(number)}: {error}") from None
 
     def place(self, number: int) -> str:
         return f"{self._name}, row {number} (line {self._lines[number]})"
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_map": None}
 
 
 class ListRecords:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from mint.data.records import COMPRESSED, CsvLine, JsonLine, csv_columns, cut_records, delimiter_of, format_of
-from mint.errors import DataError
+from mint.errors import DataError, OperationError
 from mint.hub import open_compressed
 
 _BATCH_ROWS = 256  # of parquet, decoded at a time
@@ -58,7 +58,13 @@ class StreamedRecords:
         if number < self._next - len(self._held):
             self._reset()
         while self._next <= number:
-            self._held.append(next(self._reading))
+            found = next(self._reading, None)
+            if found is None:
+                names = ", ".join(name for _, name in self._files)
+                raise OperationError(
+                    f"{names}: fewer rows than at the start; leave the files alone while they are read"
+                )
+            self._held.append(found)
             self._next += 1
         return self._held[number - self._next]  # counted from the end
 

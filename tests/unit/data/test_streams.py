@@ -13,7 +13,7 @@ from mint.chat import UnusableRow
 from mint.data import Batches, load_chat_set, origin, streams
 from mint.data.records import open_records
 from mint.data.streams import StreamedRecords
-from mint.errors import DataError
+from mint.errors import DataError, OperationError
 
 FILES = ("a.jsonl", "b.csv.gz", "c.tsv", "d.jsonl.zst", "e.parquet", "f.csv.zst", "g.ndjson.gz")
 
@@ -105,3 +105,13 @@ def test_nested_parquet_is_streamed_as_written(tmp_path):
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet", row_group_size=100)
     streamed = StreamedRecords([(tmp_path / "a.parquet", "a")], 1)
     assert [streamed[i] for i in (0, 299, 599)] == [rows[i] for i in (0, 299, 599)]
+
+
+def test_a_file_that_has_become_shorter_is_an_error(tmp_path):
+    path = tmp_path / "a.jsonl"
+    write(path, records("r", 5))
+    streamed = StreamedRecords([(path, "a.jsonl")], 2)
+    write(path, records("r", 3))
+    assert streamed[2] == records("r", 3)[2]
+    with pytest.raises(OperationError, match=r"a\.jsonl: fewer rows than at the start; leave the files alone"):
+        streamed[4]
