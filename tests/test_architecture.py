@@ -55,6 +55,7 @@ MAX_MODULE, MAX_FUNCTION = 400, 60
 
 # Handlers of every exception in which neither a `raise` nor a future's `set_exception` stands: what becomes of the error.
 HANDED_ON = {
+    "data/workers.py::_attempt": "the parent process raises it when the row's turn comes",
     "local/scheduler.py::_sample_unit": "_fail_samples gives it to the future of every request in the batch",
     "local/scheduler.py::_start_pass": "_fail gives it to the future of the one job that was refused",
     "local/scheduler.py::_train_unit": "_fail gives it to the future of every job of the pass",

@@ -19,12 +19,13 @@ BACKENDS = ("decoder", "hf")
 class Settings:
     """What the environment asks for; `None` means "MinT decides".
 
-    home: folder of runs, checkpoints and converted models (MINT_HOME, default ~/.mint).
+    home: folder of runs, checkpoints, converted models and caches (MINT_HOME, default ~/.mint).
     device: torch device string (MINT_DEVICE).
     dtype: "bfloat16" or "float32" for the base weights (MINT_DTYPE).
     num_threads: compute threads (MINT_THREADS).
     max_tokens_per_pass: tokens of one training pass (MINT_MAX_TOKENS_PER_PASS).
     backend: "decoder" (MinT's own) or "hf" (transformers) for every model (MINT_BACKEND).
+    cache_gb: how large the cache of conversions may grow, in GB of 1e9 bytes (MINT_CACHE_GB, default 2).
     base_url: a remote server (MINT_BASE_URL, then TINKER_BASE_URL).
     api_key: its key (MINT_API_KEY, then TINKER_API_KEY); never printed.
     """
@@ -35,6 +36,7 @@ class Settings:
     num_threads: int | None = None
     max_tokens_per_pass: int | None = None
     backend: str | None = None
+    cache_gb: int = 2
     base_url: str | None = None
     api_key: str | None = None
 
@@ -43,7 +45,7 @@ class Settings:
         return (
             f"Settings(home={str(self.home)!r}, device={self.device!r}, dtype={self.dtype!r}, "
             f"num_threads={self.num_threads}, max_tokens_per_pass={self.max_tokens_per_pass}, "
-            f"backend={self.backend!r}, base_url={self.base_url!r}, api_key {key})"
+            f"backend={self.backend!r}, cache_gb={self.cache_gb}, base_url={self.base_url!r}, api_key {key})"
         )
 
     @property
@@ -63,6 +65,15 @@ class Settings:
     def datasets_dir(self) -> Path:
         """Data files from elsewhere, unpacked ones, and data sets made of packages."""
         return self.home / "datasets"
+
+    @property
+    def cache_dir(self) -> Path:
+        """What can be made again."""
+        return self.home / "cache"
+
+    @property
+    def cache_bytes(self) -> int:
+        return self.cache_gb * 10**9
 
     @contextlib.contextmanager
     def writing(self, what: str, place: Path, num_bytes: int = 0) -> Iterator[None]:
@@ -111,6 +122,7 @@ def load() -> Settings:
         num_threads=_positive_int("MINT_THREADS"),
         max_tokens_per_pass=_positive_int("MINT_MAX_TOKENS_PER_PASS"),
         backend=_one_of("MINT_BACKEND", BACKENDS),
+        cache_gb=_positive_int("MINT_CACHE_GB") or 2,
         base_url=env.get("MINT_BASE_URL") or env.get("TINKER_BASE_URL") or None,
         api_key=env.get("MINT_API_KEY") or env.get("TINKER_API_KEY") or None,
     )

@@ -5,12 +5,16 @@ import json
 import math
 import re
 import signal
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
+import psutil
 import pytest
 from rich.console import Console
 
 from mint.data import Cursor
-from mint.errors import InputError
+from mint.errors import DataError, InputError
 from mint.recipes import chat_sft as recipe
 from mint.recipes.chat_sft import ChatSftConfig, chat_sft, dry_run, load_config
 from mint.recipes.evaluation import Evaluation
@@ -39,7 +43,7 @@ def chats(tmp_path_factory):
 def config(tiny_model, chats):
     return ChatSftConfig(
         base_model=tiny_model, dataset=chats, num_steps=6, batch_size=3, rank=4, max_length=128, learning_rate=1e-2,
-        eval_size=2, eval_every=2, save_every=4, prompts=("Name 1?",), sample_tokens=8,
+        eval_size=2, eval_every=2, save_every=4, prompts=("Name 1?",), sample_tokens=8, max_loss=0.04,
     )  # fmt: skip
 
 
@@ -49,7 +53,7 @@ def quiet():
 
 def metrics(out):
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
+    return [{key: value for key, value in row.items() if key not in ("seconds", "wait_seconds")} for row in rows]
 
 
 @pytest.fixture
@@ -73,7 +77,7 @@ def test_the_run_folder_holds_what_was_asked_for_and_what_came_of_it(config, tmp
     out, console = tmp_path / "out", quiet()
     summary = chat_sft(config, out, console)
     assert {path.name for path in out.iterdir()} == {
-        "config.json", "metrics.jsonl", "loss.png", "samples.md", "summary.json"
+        "config.json", "metrics.jsonl", "loss.png", "samples.md", "summary.json", "data_certificate.json"
     }  # fmt: skip
     assert load_config(out) == config
     assert json.loads((out / "summary.json").read_text()) == summary
@@ -155,6 +159,34 @@ def test_resuming_repeats_the_uninterrupted_run_bit_for_bit(config, tmp_path, st
         assert resumed[key] == whole[key], key
 
 
+def test_workers_and_cache_change_no_number_and_the_wait_is_told(config, tmp_path, mint_home):
+    others = psutil.Process().children()
+    plain = chat_sft(config, tmp_path / "plain", quiet())
+    with_both = replace(config, workers=1, cache=True)
+    for name in ("empty cache", "full cache"):
+        console = quiet()
+        summary = chat_sft(with_both, tmp_path / name, console)
+        assert metrics(tmp_path / name) == metrics(tmp_path / "plain")
+        assert (summary["samples"], summary["rows_skipped"]) == (plain["samples"], plain["rows_skipped"])
+        rows = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        steps = [row for row in rows if "loss" in row]
+        assert all(0 < row["wait_seconds"] < row["seconds"] for row in steps)
+        share = sum(row["wait_seconds"] for row in steps) / sum(row["seconds"] for row in steps)
+        assert summary["wait_share"] == pytest.approx(share)
+        assert f"waited for data {share:.1%} of the time" in console.file.getvalue()
+        assert f"step    6/6  loss {steps[-1]['loss']:.4f}" in console.file.getvalue()
+    assert (mint_home / "cache" / "conversions-1.sqlite").is_file()
+    assert set(psutil.Process().children()) <= set(others)
+
+
+@pytest.mark.parametrize(
+    ("device", "chosen", "expected"), [("cpu", None, 0), ("cuda", None, 1), ("cpu", 2, 2), ("mps", 0, 0)]
+)
+def test_a_worker_prepares_rows_beside_an_accelerator_unless_told_otherwise(config, device, chosen, expected):
+    client = SimpleNamespace(get_info=lambda: SimpleNamespace(device=device))
+    assert recipe.worker_count(replace(config, workers=chosen), client) == expected
+
+
 def test_a_raised_goal_is_remembered_by_a_run_that_is_stopped_on_its_way(config, tmp_path, stop_after):
     out = tmp_path / "out"
     chat_sft(config, out, quiet())
@@ -186,6 +218,88 @@ def test_earlier_results_are_not_written_over(config, tmp_path):
         chat_sft(config, out, quiet(), resume=True)
 
 
+def test_the_certificate_of_the_data_is_kept_in_the_folder_and_in_every_checkpoint(config, tmp_path):
+    import mint
+
+    console = quiet()
+    summary = chat_sft(config, tmp_path / "out", console)
+    written = json.loads((tmp_path / "out" / "data_certificate.json").read_text())
+    assert written["dataset"] == config.dataset and written["model"]["name"] == config.base_model
+    assert (written["train"]["rows"] + written["test"]["rows"], written["is_sample"]) == (30, False)
+    reasons = [reason for part in ("train", "test") for reason in written[part]["dropped"]]
+    assert reasons == ["no_assistant"]
+    assert f"data check: ok: {config.dataset}, " in console.file.getvalue()
+    service = mint.ServiceClient()
+    with service:
+        info = service.create_rest_client().get_weights_info_by_tinker_path(summary["checkpoint"]).result()
+    kept = json.loads(info.user_metadata["data_certificate"])
+    assert kept["train"]["rendered_sha256"] == written["train"]["rendered_sha256"]
+    assert kept["test"]["rendered_sha256"] == written["test"]["rendered_sha256"]
+    assert len(info.user_metadata["data_certificate"]) < 2048
+
+
+def test_training_is_refused_where_too_much_would_be_lost(config, tmp_path, chats):
+    out = tmp_path / "out"
+    expected = rf"{config.dataset}: 3\.\d\d% of the rows would be lost, allowed are 1\.00%\. mend or remove the rows dropped as "
+    with pytest.raises(DataError, match=rf"{expected}no_assistant; .*All of it: {out / 'data_certificate.json'}"):
+        chat_sft(replace(config, max_loss=0.01), out, quiet())
+    assert json.loads((out / "data_certificate.json").read_text())["verdict"] == "refused"
+    assert metrics(out) == []
+    mended = tmp_path / "mended.jsonl"
+    mended.write_text(
+        "".join(line for line in Path(chats).read_text().splitlines(keepends=True) if "no answer" not in line)
+    )
+    again = replace(config, dataset=str(mended), max_loss=0.01)
+    assert chat_sft(again, out, quiet())["status"] == "finished"  # nothing was saved, so the folder is free
+    assert json.loads((out / "data_certificate.json").read_text())["verdict"] == "ok"
+
+
+def test_a_resumed_run_goes_on_with_the_same_data_or_with_data_declared_to_be_other(config, tmp_path, chats):
+    own = tmp_path / "chats.jsonl"
+    lines = Path(chats).read_text().splitlines(keepends=True)
+    own.write_text("".join(lines))
+    out = tmp_path / "out"
+    chat_sft(replace(config, dataset=str(own)), out, quiet())
+    before = json.loads((out / "data_certificate.json").read_text())
+    own.write_text("".join([*lines[:-1], lines[-1].replace("of course", "naturally")]))
+    more = load_config(out, num_steps=7)
+    expected = rf"{own}: the \w+ rows render to other tokens than when this run began \(\w{{12}}, now \w{{12}}\)"
+    with pytest.raises(DataError, match=expected):
+        chat_sft(more, out, quiet(), resume=True)
+    assert json.loads((out / "data_certificate.json").read_text()) == before
+    assert chat_sft(more, out, quiet(), resume=True, data_changed=True)["step"] == 7
+    after = json.loads((out / "data_certificate.json").read_text())
+    changed = [part for part in ("train", "test") if after[part]["rendered_sha256"] != before[part]["rendered_sha256"]]
+    assert len(changed) == 1
+    assert chat_sft(load_config(out, num_steps=8), out, quiet(), resume=True)["step"] == 8
+
+
+def test_of_a_large_set_a_sample_is_checked_and_says_so(config, tmp_path, monkeypatch):
+    monkeypatch.setattr("mint.recipes.data_certificate.FULLY_CHECKED_ROWS", 9)
+    console = quiet()
+    chat_sft(replace(config, max_loss=0.2), tmp_path / "out", console)
+    written = json.loads((tmp_path / "out" / "data_certificate.json").read_text())
+    assert written["is_sample"] and (written["train"]["rows"], written["train"]["rows_in_set"]) == (9, 27)
+    assert "of 9 training rows, a sample, " in console.file.getvalue()
+
+
+def test_the_bar_of_a_check_counts_its_rows(chats, tiny_model):
+    from mint.chat import Converter
+    from mint.data import load_chat_set
+    from mint.data.certificate import model_facts
+    from mint.data.checking import DataCheck
+    from mint.hub import load_tokenizer
+    from mint.recipes.data_certificate import run_check
+
+    tokenizer = load_tokenizer(tiny_model)
+    converter, facts = Converter(tokenizer, 128), model_facts("m", tokenizer)
+    terminal = Console(file=io.StringIO(), width=200, force_terminal=True, color_system=None)
+    found = run_check(DataCheck(load_chat_set(chats), converter, facts, mint_version="1"), terminal)
+    assert (found.train.rows, found.test.rows, found.is_interrupted) == (27, 3, False)
+    assert "data check, row 20/30 " in terminal.file.getvalue() and " rows/s left " in terminal.file.getvalue()
+    assert converter.report.rows == 0  # those of training are counted when they are trained on
+
+
 def test_a_dry_run_plans_without_saving(config, tmp_path, mint_home):
     plan = dry_run(config, quiet())
     assert plan["steps"] == 6 and plan["epochs"] == round(6 / (27 // 3), 2)
@@ -199,6 +313,7 @@ def test_bad_options_are_refused_before_anything_is_loaded():
         ({"num_steps": 0}, "num_steps=0: must be at least 1"),
         ({"save_every": -1}, r"save_every=-1: must be 0 \(never in between\)"),
         ({"schedule": "step"}, "schedule='step': allowed are constant, linear, cosine"),
+        ({"workers": -1}, r"workers=-1: must be 0 \(rows are prepared in this process\) or more"),
         ({"warmup_steps": 51}, r"warmup_steps=51: must lie in 0\.\.50"),
     ]:
         with pytest.raises(InputError, match=text):

@@ -7,6 +7,7 @@ from datetime import datetime
 from typing import Any
 
 import pytest
+from tokenizers import AddedToken
 
 from mint.chat import Converter, conversation_to_datums, convert_conversations, get_renderer, skip_reason
 from mint.errors import DataError, UnsupportedError
@@ -247,6 +248,19 @@ def test_trap_19_special_token_text_in_content(family: str, tokenizer: Any) -> N
     )  # the trap
 
 
+def test_trap_19_blank_lines_that_are_a_token_are_still_text() -> None:
+    """Gemma's vocabulary has added tokens for runs of newlines, and its template writes one: no control token for that."""
+    tokenizer = make_tokenizer("qwen2_5", FOLDS_SYSTEM.replace("'\\n\\n'", "'\n\n'"))
+    assert "'\n\n'" in tokenizer.chat_template
+    tokenizer.add_tokens([AddedToken("\n\n", special=False, normalized=False)])
+    messages = chat("One.\n\nTwo.", "Three.\n\nFour.")
+    datums, report = convert_conversations([messages], tokenizer, MAX)
+    expected = template_ids(tokenizer, messages)
+    assert expected.count(tokenizer.convert_tokens_to_ids("\n\n")) == 2
+    assert all_tokens(datums[0]) == expected[: len(all_tokens(datums[0]))]
+    assert report.control_text_rows == 0
+
+
 def test_trap_20_content_that_is_none_a_list_or_a_tool_call(qwen3: Any) -> None:
     parts = [{"type": "text", "text": "Hi "}, {"type": "text", "text": "there!"}]
     rows = [
@@ -269,6 +283,32 @@ def test_trap_20_content_that_is_none_a_list_or_a_tool_call(qwen3: Any) -> None:
     assert answer == "It rains.<|im_end|>"
 
 
+CHATML_TURN = "{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n' }}{% endfor %}"
+ASKS = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+LEAVES_OUT = {
+    "system": "{% for m in messages if m['role'] != 'system' %}" + CHATML_TURN + ASKS,
+    "first": "{% for m in messages[-2:] %}" + CHATML_TURN + ASKS,
+}
+
+
+@pytest.mark.parametrize("what", LEAVES_OUT)
+def test_a_message_that_the_template_leaves_out_is_told(what: str) -> None:
+    tokenizer = make_tokenizer("qwen2_5", LEAVES_OUT[what])
+    messages = [{"role": "system", "content": "Never say no."}, *TWO_TURNS]
+    with pytest.raises((DataError, UnsupportedError), match=r"message 0 .*leaves it out"):
+        conversation_to_datums(messages, get_renderer(tokenizer), MAX)
+
+
+@pytest.mark.parametrize("name", ["smollm2", "qwen2_5", "llama3"])
+def test_a_thought_that_the_template_leaves_out_is_told(name: str) -> None:
+    """Whatever is said in the thought; the row is counted under a reason of its own."""
+    converter = Converter(tokenizer_of(name), MAX)
+    for number, reasoning in enumerate(["I should greet.", "Hi"]):
+        row = [*chat("Q"), {"role": "assistant", "reasoning_content": reasoning, "content": "Hi there!"}]
+        assert converter(number, row) == []
+    assert {reason: list(numbers) for reason, numbers in converter.report.skipped_rows.items()} == {"not_shown": [0, 1]}
+
+
 def test_reasoning_survives_render_parse_render(qwen3: Any) -> None:
     """Thoughts are not wrapped again: the parsed answer, put back, gives the same tokens."""
     renderer = get_renderer(qwen3, thinking=True)
@@ -280,6 +320,29 @@ def test_reasoning_survives_render_parse_render(qwen3: Any) -> None:
     again = answers(conversation_to_datums([*chat("Q"), parsed.message], renderer, MAX))
     assert again == [answer]
     assert qwen3.decode(answer.tokens).count("<think>") == 1
+
+
+OPENS_A_THOUGHT = (
+    "{% for m in messages %}{% set said = m['content'] %}{% if m['role'] == 'assistant' and '</think>' in said %}"
+    "{% set said = said.split('</think>')[-1] %}{% endif %}"
+    "{{ '<|im_start|>' + m['role'] + '\\n' + said + '<|im_end|>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n<think>\\n' }}{% endif %}"
+)
+
+
+def test_thoughts_written_into_answers_where_the_prompt_opens_one() -> None:
+    """As DeepSeek-R1's templates and data have it: the thought goes on from the prompt, and the history is without it."""
+    tokenizer = make_tokenizer("qwen3", OPENS_A_THOUGHT)
+    messages = chat("Q", "<think>\nFirst.\n</think>\n\nOne.", "R", "<think>\nSecond.\n</think>\n\nTwo.")
+    renderer = get_renderer(tokenizer, thinking=True)
+    found = answers(conversation_to_datums(messages, renderer, MAX))
+    assert [answer.tokens for answer in found] == [
+        plain_ids(tokenizer, f"{thought}\n</think>\n\n{said}<|im_end|>")
+        for thought, said in (("First.", "One."), ("Second.", "Two."))
+    ]
+    assert [answer.prompt for answer in found] == [renderer.prompt(messages[:turn]) for turn in (1, 3)]
+    assert found[0].prompt == template_ids(tokenizer, messages[:1], add_generation_prompt=True)
+    assert "First." not in tokenizer.decode(found[1].prompt)
 
 
 @pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking"])

@@ -16,8 +16,10 @@ from mint.chat.encoding import Tokenizer
 from mint.chat.examples import Conversion, OnOverlong, Rules, TrainOn, convert, require_examples
 from mint.chat.messages import Dialog, PlainText, check_row, skip_reason
 from mint.chat.renderer import Renderer, as_renderer
+from mint.chat.seen import SeenDigests, SeenNumbers
 from mint.errors import DataError
 
+LISTED_ROWS = 100  # row numbers kept per reason
 _NUMBERS_SHOWN = 10  # row numbers printed per reason
 
 
@@ -27,7 +29,8 @@ class ConversionReport:
 
     rows: conversations read. datums, tokens: what was made; a datum's tokens are those of its model input.
     trained_tokens: targets with a weight other than zero.
-    skipped_rows: the numbers (from 0) of the rows that gave no datum, by reason; first_errors: one message per reason.
+    skipped: how many rows gave no datum, by reason. skipped_rows: the numbers (from 0) of the first 100 of them;
+        first_errors: one message per reason.
     truncated_rows: rows with an answer or a history cut to max_length; dropped_turns: answers that did not fit, in rows
         of which others did; trailing_messages: messages after the last assistant turn, left out.
     control_text_rows: rows with the text of a control token in a message; it was encoded as ordinary text.
@@ -39,6 +42,7 @@ class ConversionReport:
     datums: int = 0
     tokens: int = 0
     trained_tokens: int = 0
+    skipped: dict[str, int] = field(default_factory=dict)
     skipped_rows: dict[str, list[int]] = field(default_factory=dict)
     first_errors: dict[str, str] = field(default_factory=dict)
     truncated_rows: int = 0
@@ -47,11 +51,6 @@ class ConversionReport:
     control_text_rows: int = 0
     injected_system: dict[str, int] = field(default_factory=dict)
     duplicate_rows: int = 0
-
-    @property
-    def skipped(self) -> dict[str, int]:
-        """Number of skipped rows by reason."""
-        return {reason: len(numbers) for reason, numbers in self.skipped_rows.items()}
 
     @property
     def skipped_fraction(self) -> float:
@@ -64,9 +63,10 @@ class ConversionReport:
             f"datums                  {self.datums:,}",
             f"tokens                  {self.tokens:,} ({self.trained_tokens:,} trained)",
         ]
-        for reason, numbers in self.skipped_rows.items():
-            shown = ", ".join(map(str, numbers[:_NUMBERS_SHOWN])) + (", ..." if len(numbers) > _NUMBERS_SHOWN else "")
-            lines += [f"skipped: {reason:<14} {len(numbers):,} (rows {shown})", f"    {self.first_errors[reason]}"]
+        for reason, count in self.skipped.items():
+            numbers = self.skipped_rows[reason][:_NUMBERS_SHOWN]
+            shown = ", ".join(map(str, numbers)) + (", ..." if count > _NUMBERS_SHOWN else "")
+            lines += [f"skipped: {reason:<14} {count:,} (rows {shown})", f"    {self.first_errors[reason]}"]
         counts = {
             "truncated rows": self.truncated_rows,
             "answers too long": self.dropped_turns,
@@ -82,7 +82,7 @@ class ConversionReport:
         """Count one converted row."""
         self.datums += len(datums)
         self.tokens += sum(datum.model_input.length for datum in datums)
-        self.trained_tokens += sum(int(np.count_nonzero(example.weights)) for example in conversion.examples)
+        self.trained_tokens += sum(int(np.count_nonzero(example.weights[1:])) for example in conversion.examples)
         self.truncated_rows += conversion.shortened_turns > 0
         self.dropped_turns += conversion.dropped_turns
         self.trailing_messages += conversion.trailing_messages
@@ -94,7 +94,10 @@ class ConversionReport:
     def skip(self, row: int, error: DataError) -> None:
         """Count one row that cannot be used."""
         reason = skip_reason(error)
-        self.skipped_rows.setdefault(reason, []).append(row)
+        self.skipped[reason] = self.skipped.get(reason, 0) + 1
+        listed = self.skipped_rows.setdefault(reason, [])
+        if len(listed) < LISTED_ROWS:
+            listed.append(row)
         self.first_errors.setdefault(reason, f"row {row}: {error}")
 
 
@@ -118,8 +121,9 @@ def convert_conversations(
 
 @dataclass(frozen=True, slots=True)
 class RowOutcome:
-    """What became of row `number`: a conversion, or the error for which it cannot be used.
+    """What became of row `number`: a conversion, or the error for which it cannot be used, or both.
 
+    conversion: has no examples where the row is too long, and an error stands beside it.
     digest: of roles and contents, equal for equal conversations; None where there is no conversation.
     """
 
@@ -147,8 +151,7 @@ class Converter:
     ) -> None:
         self.report = ConversionReport()
         self.renderer, self.rules = as_renderer(tokenizer), Rules(max_length, train_on, on_overlong)
-        self._numbers: set[int] = set()
-        self._digests: set[bytes] = set()
+        self._numbers, self._digests = SeenNumbers(), SeenDigests()
 
     def __call__(self, number: int, row: Any) -> list[types.Datum]:
         """Raises DataError for an overlong row, and only with on_overlong="error"."""
@@ -156,30 +159,29 @@ class Converter:
 
     def outcome(self, number: int, row: Any) -> RowOutcome:
         """Converts a row; changes nothing."""
-        digest = None
+        digest = conversion = None
         try:
             checked = check_row(row)
             digest = _digest(checked)
             conversion = convert(checked, self.renderer, self.rules)
             require_examples(conversion, self.rules)
         except DataError as error:
-            return RowOutcome(number, digest, None, error)
+            return RowOutcome(number, digest, conversion, error)
         return RowOutcome(number, digest, conversion, None)
 
     def take(self, outcome: RowOutcome) -> list[types.Datum]:
         """Counts an outcome and gives its datums. Raises as `converter(number, row)`."""
-        report = ConversionReport() if outcome.number in self._numbers else self.report
-        self._numbers.add(outcome.number)
+        is_new = self._numbers.add(outcome.number)
+        report = self.report if is_new else ConversionReport()
         report.rows += 1
-        if outcome.digest is not None and report is self.report:
-            report.duplicate_rows += outcome.digest in self._digests
-            self._digests.add(outcome.digest)
-        if outcome.conversion is None:
-            assert outcome.error is not None
+        if outcome.digest is not None and is_new:
+            report.duplicate_rows += not self._digests.add(outcome.digest)
+        if outcome.error is not None:
             if self.rules.on_overlong == "error" and skip_reason(outcome.error) == "overlong":
                 raise DataError(f"{outcome.error} (row {outcome.number})")
             report.skip(outcome.number, outcome.error)
             return []
+        assert outcome.conversion is not None
         made = [to_datum(example) for example in outcome.conversion.examples]
         report.add(outcome.conversion, made)
         return made

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from mint import __version__
-from mint.cli import models
+from mint.cli import data, models
 from mint.cli.doctor import doctor
 from mint.cli.export import export
 from mint.cli.runs import checkpoints_app, runs_app
@@ -42,6 +42,7 @@ app.command(epilog="Example: mint chat out/first --compare")(chat)
 app.command(epilog='Example: mint sample out/first "How do I boil an egg?" --temperature 0 --json')(sample)
 app.command(epilog="Example: mint export out/first out/adapter")(export)
 app.add_typer(models.app, name="models")
+app.add_typer(data.app, name="data")
 app.add_typer(runs_app, name="runs")
 app.add_typer(checkpoints_app, name="checkpoints")
 app.command(epilog="Example: mint doctor --no-measure")(doctor)

@@ -135,7 +135,7 @@ def show_checkpoint(path: PathArgument, as_json: JsonOption = False) -> None:
             print_json(facts)
             return
         table = Table(show_header=False, box=None)
-        for key, value in facts.items():
+        for key, value in _with_data_line(facts).items():
             table.add_row(key, f"{value:,} bytes" if key == "size_bytes" else str(value))
         console.print(table)
 
@@ -188,6 +188,18 @@ def _steps(run_id: str) -> list[dict[str, Any]]:
         if row.get("active_positions:sum"):
             row["loss"] = row["loss:sum"] / row["active_positions:sum"]
     return rows
+
+
+def _with_data_line(facts: dict[str, Any]) -> dict[str, Any]:
+    """With the data certificate that `mint sft` puts into the metadata as one line of its own."""
+    from mint.data.certificate import METADATA_KEY, compact_line
+
+    metadata = dict(facts.get("user_metadata") or {})
+    try:
+        line = compact_line(json.loads(metadata.pop(METADATA_KEY)))
+    except (KeyError, TypeError, ValueError):  # metadata is the user's: there is none, or it is something else
+        return facts
+    return {**facts, "user_metadata": metadata, "data": line}
 
 
 def _print_checkpoints(saved: list[Checkpoint], console: Console) -> None:

@@ -24,7 +24,6 @@ OFFLINE: dict[str, Any] = {
     "num_steps": 30,
     "batch_size": 8,
     "learning_rate": 5e-4,
-    "max_length": 1024,
     "check_resume": True,
 }
 TULU3_STEPS = 100
@@ -92,12 +91,23 @@ def sft(
         Literal["all_assistant", "last_assistant"] | None,
         typer.Option(help="Which answers are trained.", show_default="the dataset's own"),
     ] = None,
+    max_loss: Annotated[
+        float | None,
+        typer.Option(min=0, max=1, help="Share of rows and of answers that may be lost.", show_default="0.01"),
+    ] = None,
     eval_size: Annotated[int | None, typer.Option(min=1, help="Test rows evaluated.", show_default="32")] = None,
     eval_every: Annotated[
         int | None, typer.Option(min=0, help="Steps between evaluations; 0: before and after.", show_default="0")
     ] = None,
     save_every: Annotated[
         int | None, typer.Option(min=0, help="Steps between checkpoints; 0: at the end.", show_default="50")
+    ] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(min=0, help="Processes that prepare rows ahead; 0: none.", show_default="1 beside a GPU, else 0"),
+    ] = None,
+    cache: Annotated[
+        bool | None, typer.Option("--cache", help="Keep converted rows in MINT_HOME/cache.", show_default=False)
     ] = None,
     prompt: Annotated[
         list[str] | None, typer.Option(help="Sampled before and after; may be repeated.", show_default="three of ours")
@@ -115,6 +125,9 @@ def sft(
     resume: Annotated[
         Path | None, typer.Option(help="Go on with the run in this folder; --steps raises its goal.")
     ] = None,
+    data_changed: Annotated[
+        bool, typer.Option("--data-changed", help="With --resume: the data is meant to be another than before.")
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Two probe steps, then the plan: tokens, memory, time. Saves nothing.")
     ] = False,
@@ -140,12 +153,15 @@ def sft(
         "rank": rank,
         "max_length": max_length,
         "train_on": train_on,
+        "max_loss": max_loss,
         "eval_size": eval_size,
         "eval_every": eval_every,
         "save_every": save_every,
         "prompts": tuple(prompt) if prompt else None,
         "seed": seed,
         "check_resume": check_resume,
+        "workers": workers,
+        "cache": cache,
         **_modules(modules),
     }
     chosen = {name: value for name, value in given.items() if value is not None}
@@ -155,9 +171,13 @@ def sft(
         if resume is not None:
             others = chosen.keys() - {"num_steps"}
             if others or out is not None or offline or dry_run or epochs is not None:
-                raise InputError("--resume takes its options from the run's config.json; only --steps may be added")
-            _resume(resume, chosen, console, as_json=as_json)
+                raise InputError(
+                    "--resume takes its options from the run's config.json; only --steps and --data-changed may be added"
+                )
+            _resume(resume, chosen, console, data_changed=data_changed, as_json=as_json)
         else:
+            if data_changed:
+                raise InputError("--data-changed belongs to --resume")
             _start(_config(chosen, offline=offline, epochs=epochs), out, console, dry=dry_run, as_json=as_json)
 
 
@@ -204,11 +224,11 @@ def _start(config: ChatSftConfig, out: Path | None, console: Console, *, dry: bo
     _finish(_naming_offline(lambda: recipe.chat_sft(config, folder, console)), as_json=as_json)
 
 
-def _resume(out: Path, chosen: dict[str, Any], console: Console, *, as_json: bool) -> None:
+def _resume(out: Path, chosen: dict[str, Any], console: Console, *, data_changed: bool, as_json: bool) -> None:
     from mint.recipes import chat_sft as recipe
 
     config = recipe.load_config(out, **chosen)
-    _finish(recipe.chat_sft(config, out, console, resume=True), as_json=as_json)
+    _finish(recipe.chat_sft(config, out, console, resume=True, data_changed=data_changed), as_json=as_json)
 
 
 def _finish(summary: dict[str, Any], *, as_json: bool) -> None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
-from mint.data.orders import Order, epoch_order
+from mint.data.orders import Order, epoch_order, require_shuffle_buffer
+from mint.data.workers import Preparation, Workers, successful
 from mint.errors import DataError, InputError
 
 T = TypeVar("T")
@@ -36,10 +37,15 @@ class Batches(Generic[T]):
 
     `prepare(number, row)` makes what a row contributes to its batch, when its turn comes: a list, empty where the row
     cannot be used; the next row takes its place. Without it a row is taken as it is. `next(batches)` is one flat list.
-    shuffle_buffer: shuffle blocks of so many rows instead of all, for rows that are streamed (see `epoch_order`).
     A batch holds no row twice: rows that do not fill the last batch of an epoch sit it out, others each time.
 
-    Raises InputError where there are fewer rows than a batch takes, DataError where a whole epoch does not fill a batch.
+    shuffle_buffer: shuffle blocks of so many rows instead of all, for rows that are streamed (see `epoch_order`).
+    workers: processes that prepare rows ahead of their turn, about four batches of them; 0 prepares them here. Batches,
+    cursors and what `prepare` counts are the same for every number. They need a `prepare` in two halves, such as
+    `mint.chat.Converter`, and end with `close()` or with this object.
+
+    Raises InputError where there are fewer rows than a batch takes, DataError where a whole epoch does not fill a batch,
+    OperationError where a worker died.
     """
 
     def __init__(
@@ -50,16 +56,17 @@ class Batches(Generic[T]):
         cursor: Cursor | None = None,
         *,
         prepare: Callable[[int, Any], list[T]] | None = None,
+        workers: int = 0,
         shuffle_buffer: int | None = None,
     ) -> None:
         if not 1 <= batch_size <= len(rows):
             raise InputError(f"batch_size={batch_size}: must lie in 1..{len(rows)}, the number of rows")
-        self._rows, self._batch_size, self._seed = rows, batch_size, seed
+        if workers < 0:
+            raise InputError(f"workers={workers}: must be 0 (rows are prepared in this process) or more")
+        self._rows, self._batch_size = _Ordered(rows, seed, shuffle_buffer), batch_size
         self._prepare: Callable[[int, Any], list[T]] = prepare or _as_it_is
-        self._shuffle_buffer = shuffle_buffer
         self.cursor = cursor or Cursor()
-        epoch = self.cursor.epoch
-        self._order: tuple[int, Order] = epoch, epoch_order(len(rows), seed, epoch, shuffle_buffer)
+        self._ahead = _Ahead(self._rows, batch_size, workers, self._prepare, self.cursor) if workers else None
 
     @property
     def batches_per_epoch(self) -> int:
@@ -85,24 +92,109 @@ class Batches(Generic[T]):
             "the reasons, and lower the batch size or mend the data"
         )
 
+    def close(self) -> None:
+        """Ends the worker processes, if there are any."""
+        if self._ahead is not None:
+            self._ahead.close()
+
+    def __enter__(self) -> Batches[T]:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def _take(self, cursor: Cursor) -> tuple[list[T] | None, Cursor]:
         """The batch that begins at `cursor` and where the next one does; None where the epoch ends before it is full."""
-        order = self._epoch_order(cursor.epoch)
         batch: list[T] = []
         found = 0
-        for position in range(cursor.position, len(order)):
-            number = int(order[position])
-            made = self._prepare(number, self._rows[number])
+        for position in range(cursor.position, len(self._rows)):
+            made = self._made_at(Cursor(cursor.epoch, position))
             batch += made
             found += bool(made)
             if found == self._batch_size:
                 return batch, Cursor(cursor.epoch, position + 1)
         return None, Cursor(cursor.epoch + 1, 0)
 
-    def _epoch_order(self, epoch: int) -> Order:
-        if self._order[0] != epoch:
-            self._order = epoch, epoch_order(len(self._rows), self._seed, epoch, self._shuffle_buffer)
-        return self._order[1]
+    def _made_at(self, place: Cursor) -> list[T]:
+        return self._prepare(*self._rows.at(place)) if self._ahead is None else self._ahead.made_at(place)
+
+
+class _Ordered:
+    """Rows in the order of every epoch."""
+
+    def __init__(self, rows: Sequence[Any], seed: int, shuffle_buffer: int | None) -> None:
+        require_shuffle_buffer(shuffle_buffer)
+        self._rows, self._seed, self._shuffle_buffer = rows, seed, shuffle_buffer
+        self._orders: dict[int, Order] = {}
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def at(self, place: Cursor) -> tuple[int, Any]:
+        """The row at that place, and its number."""
+        number = int(self._order(place.epoch)[place.position])
+        return number, self._rows[number]
+
+    def after(self, place: Cursor) -> Cursor:
+        last = place.position + 1 == len(self._rows)
+        return Cursor(place.epoch + 1, 0) if last else Cursor(place.epoch, place.position + 1)
+
+    def starting_at(self, place: Cursor) -> Iterator[tuple[int, Any]]:
+        while True:
+            yield self.at(place)
+            place = self.after(place)
+
+    def _order(self, epoch: int) -> Order:
+        if epoch not in self._orders:
+            # two epochs are in use where rows are prepared ahead of their turn
+            self._orders = {known: order for known, order in self._orders.items() if abs(known - epoch) == 1}
+            self._orders[epoch] = epoch_order(len(self._rows), self._seed, epoch, self._shuffle_buffer)
+        return self._orders[epoch]
+
+
+class _Ahead(Generic[T]):
+    """Rows prepared by workers before their turn. Whoever asks for another place than the next ones starts it anew."""
+
+    def __init__(
+        self, rows: _Ordered, batch_size: int, workers: int, prepare: Callable[[int, Any], list[T]], start: Cursor
+    ) -> None:
+        if not (hasattr(prepare, "outcome") and hasattr(prepare, "take")):
+            raise InputError(
+                f"workers={workers}: prepare must come in two halves, outcome(number, row) and take(outcome), as "
+                "mint.chat.Converter does; use workers=0 with any other function"
+            )
+        self._rows, self._batch_size = rows, batch_size
+        self._preparation = cast("Preparation[Any, T]", prepare)
+        # a training step hands nothing out, so what the workers have by then is to last for two batches
+        self._workers = Workers(self._preparation.outcome, workers, chunk_rows=-(-2 * batch_size // workers))
+        self._next = start if start.position + batch_size <= len(rows) else Cursor(start.epoch + 1, 0)
+        self._outcomes = self._workers.outcomes(rows.starting_at(self._next))
+
+    def made_at(self, place: Cursor) -> list[T]:
+        if not self._comes_to(place):
+            self._begin(place)
+        while True:
+            # first the place, so that an interrupt anywhere here makes the next call begin anew
+            found, self._next = self._next, self._rows.after(self._next)
+            try:
+                outcome = next(self._outcomes)
+            except StopIteration:  # an error has ended the stream before
+                self._begin(place)
+                continue
+            if found == place:
+                return self._preparation.take(successful(outcome))
+
+    def close(self) -> None:
+        self._workers.close()
+
+    def _begin(self, place: Cursor) -> None:
+        self._next = place
+        self._outcomes = self._workers.outcomes(self._rows.starting_at(place))
+
+    def _comes_to(self, place: Cursor) -> bool:
+        """At once, or after the rows that are left over at the end of an epoch."""
+        left = len(self._rows) - self._next.position
+        return place == self._next or (place == Cursor(self._next.epoch + 1, 0) and left < self._batch_size)
 
 
 def _as_it_is(_: int, row: Any) -> list[Any]:

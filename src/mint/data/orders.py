@@ -17,11 +17,13 @@ class Order(Protocol):
     def __getitem__(self, position: int, /) -> int | np.int64: ...
 
 
-def epoch_order(num_rows: int, seed: int, epoch: int, shuffle_buffer: int | None = None) -> Order:
-    """A permutation of all rows; with `shuffle_buffer` one of blocks of that many rows, for rows that are read forward.
+def require_shuffle_buffer(shuffle_buffer: int | None) -> None:
+    if shuffle_buffer is not None and shuffle_buffer < 1:
+        raise InputError(f"shuffle_buffer={shuffle_buffer}: must be at least 1")
 
-    Raises InputError for a buffer of less than one row.
-    """
+
+def epoch_order(num_rows: int, seed: int, epoch: int, shuffle_buffer: int | None = None) -> Order:
+    """A permutation of all rows; with `shuffle_buffer` one of blocks of that many rows, for rows that are read forward."""
     if shuffle_buffer is not None:
         return BlockOrder(num_rows, seed, epoch, shuffle_buffer)
     return _generator(seed, epoch).permutation(num_rows)
@@ -34,8 +36,6 @@ class BlockOrder:
     """
 
     def __init__(self, num_rows: int, seed: int, epoch: int, block: int) -> None:
-        if block < 1:
-            raise InputError(f"shuffle_buffer={block}: must be at least 1")
         self._num_rows, self._seed, self._epoch, self._block = num_rows, seed, epoch, block
         self._shift = int(_generator(seed, epoch).integers(block))
         self._known: tuple[int, npt.NDArray[np.int64]] | None = None

@@ -75,9 +75,13 @@ def hold_out(rows: Sequence[Any], name: str, seed: int, fraction: float | None) 
 
 
 def row_hash(row: Any, seed: int) -> int:
-    """64 bits of a row's content: equal for rows that differ only in the order of keys, or in keys that hold null."""
-    plain = row.error if isinstance(row, UnusableRow) else _without_null(row)
-    text = json.dumps(plain, sort_keys=True, separators=(",", ":"), default=str)
+    """64 bits of a row's content: equal for rows that differ only in the order of keys, or in keys that hold null.
+
+    The highest for a row that could not be read, so that it stays with those to train on and is counted there.
+    """
+    if isinstance(row, UnusableRow):
+        return 2**64 - 1
+    text = json.dumps(_without_null(row), sort_keys=True, separators=(",", ":"), default=str)
     digest = hashlib.blake2b(text.encode(), digest_size=8, key=(seed % 2**64).to_bytes(8, "little"))
     return int.from_bytes(digest.digest(), "little")
 

@@ -1,9 +1,9 @@
 """Chat supervised fine-tuning, start to finish, on the public API only. `chat_sft` is one flat function: read it top down.
 
 Losses are NLL in nats per trained token. metrics.jsonl has two kinds of rows. A training step: `step` (how many were done
-with it), `loss` (of its batch), `learning_rate`, `grad_norm`, `tokens`, `seconds`. An evaluation: `step` (done before it)
-and `test_nll`, `test_row_nll`, `test_perplexity`, `test_bits_per_byte`, `test_tokens`, `test_hash`, the fields of an
-`Evaluation`.
+with it), `loss` (of its batch), `learning_rate`, `grad_norm`, `tokens`, `seconds`, `wait_seconds` (of those, until its
+batch was there). An evaluation: `step` (done before it) and `test_nll`, `test_row_nll`, `test_perplexity`,
+`test_bits_per_byte`, `test_tokens`, `test_hash`, the fields of an `Evaluation`.
 """
 
 from __future__ import annotations
@@ -21,14 +21,17 @@ from rich.console import Console
 import mint
 from mint import types
 from mint.chat import Converter, Renderer, TrainOn, get_renderer
-from mint.data import Batches, ChatSet, Conversation, Cursor, load_chat_set
+from mint.data import Batches, CachedConverter, ChatSet, Conversation, Cursor, cached, load_chat_set
+from mint.data.certificate import MAX_LOSS, Certificate
 from mint.errors import DataError, InputError
-from mint.recipes.evaluation import Evaluation, EvaluationSet, comparison, evaluation_set, mean_nll, measure
+from mint.recipes.data_certificate import accept, certify, checkpoint_metadata
+from mint.recipes.evaluation import Evaluation, EvaluationSet, evaluation_set, mean_nll, measure
 from mint.recipes.interrupt import StopOnCtrlC
 from mint.recipes.plots import plot_losses
 from mint.recipes.progress import TrainingProgress
 from mint.recipes.run_folder import PLOT, RunFolder
 from mint.recipes.schedule import Schedule, learning_rate_at
+from mint.recipes.summary import print_summary
 
 PROMPTS = (
     "How do I keep basil alive on a windowsill?",
@@ -46,6 +49,9 @@ class ChatSftConfig:
     max_length: tokens of a conversation; an answer that does not fit is left out and counted.
     eval_size: test rows of every evaluation, always the same ones. eval_every, save_every: steps between two; 0: only
     at the end (and, for evaluations, the beginning).
+    workers: processes that prepare rows ahead of their turn; 0: this one does; None: see `worker_count`. cache: keep what
+    rows were converted to in MINT_HOME/cache. Neither changes a number that is trained.
+    max_loss: the share of rows, or of answers, that may be lost; training is refused where it is more.
     check_resume: after saving, take one step more twice, with the run and with one resumed from the checkpoint, and
     compare the bits.
     """
@@ -66,6 +72,7 @@ class ChatSftConfig:
     train_unembed: bool = True
     max_length: int = 2048
     train_on: TrainOn | None = None
+    max_loss: float = MAX_LOSS
     eval_size: int = 32
     eval_every: int = 0
     save_every: int = 50
@@ -73,11 +80,15 @@ class ChatSftConfig:
     prompts: tuple[str, ...] = PROMPTS
     sample_tokens: int = 120
     check_resume: bool = False
+    workers: int | None = None
+    cache: bool = False
 
     def __post_init__(self) -> None:
         for name in ("num_steps", "batch_size", "eval_size"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name}={getattr(self, name)}: must be at least 1")
+        if self.workers is not None and self.workers < 0:
+            raise InputError(f"workers={self.workers}: must be 0 (rows are prepared in this process) or more")
         for name in ("eval_every", "save_every"):
             if getattr(self, name) < 0:
                 raise InputError(f"{name}={getattr(self, name)}: must be 0 (never in between) or a number of steps")
@@ -86,10 +97,9 @@ class ChatSftConfig:
     @classmethod
     def from_json(cls, found: dict[str, Any]) -> ChatSftConfig:
         """Of a run folder's config.json."""
-        unknown = found.keys() - {field.name for field in fields(cls)}
-        if unknown:
+        if unknown := found.keys() - {field.name for field in fields(cls)}:
             raise InputError(f"config.json: unknown options {', '.join(sorted(unknown))}; was another MinT here?")
-        given: dict[str, Any] = {k: tuple(value) if isinstance(value, list) else value for k, value in found.items()}
+        given: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in found.items()}
         return cls(**given)
 
     def load_chats(self) -> ChatSet:
@@ -104,20 +114,25 @@ class Prepared:
 
     chats: ChatSet
     renderer: Renderer
-    converter: Converter
+    converter: Converter | CachedConverter
     held_out: EvaluationSet
+    certificate: Certificate
 
-    def batches(self, config: ChatSftConfig, start: Cursor) -> Batches[types.Datum]:
-        rows, buffer = self.chats.train, config.shuffle_buffer
-        return Batches(rows, config.batch_size, config.seed, start, prepare=self.converter, shuffle_buffer=buffer)
+    def batches(self, config: ChatSftConfig, start: Cursor, workers: int = 0) -> Batches[types.Datum]:
+        return Batches(
+            self.chats.train, config.batch_size, config.seed, start,
+            prepare=self.converter, workers=workers, shuffle_buffer=config.shuffle_buffer,
+        )  # fmt: skip
 
 
 def chat_sft(
-    config: ChatSftConfig, out: Path, console: Console | None = None, *, resume: bool = False
-) -> dict[str, Any]:
+    config: ChatSftConfig, out: Path, console: Console | None = None,
+    *, resume: bool = False, data_changed: bool = False,
+) -> dict[str, Any]:  # fmt: skip
     """Fine-tune, evaluate, plot, sample and save; results go to the folder `out`, and the summary is returned.
 
     resume: go on from the last checkpoint of the run in `out`, with its cursor, to `config.num_steps` in all.
+    data_changed: for a resumed run whose data is another than before, which is an error otherwise.
     Ctrl-C during training ends it after the step in progress; everything is saved and the summary's status is
     "interrupted". A second Ctrl-C is a KeyboardInterrupt.
     """
@@ -144,13 +159,14 @@ def chat_sft(
         folder.create(asdict(config))
         metrics = []
     prepared = prepare(config, chats, client, console)
-    renderer, held_out = prepared.renderer, prepared.held_out
+    renderer, held_out, certificate = prepared.renderer, prepared.held_out, prepared.certificate
+    accept(certificate, folder, resume=resume, data_changed=data_changed)
+    cursor = saved_cursor(service, summary["checkpoint"]) if resume else Cursor()
+    workers = worker_count(config, client)
+    batches = prepared.batches(config, cursor, workers)
 
     # before
-    if resume:
-        cursor = saved_cursor(service, summary["checkpoint"])
-    else:
-        cursor = Cursor()
+    if not resume:
         before = evaluate(client, held_out)
         base = service.create_sampling_client(base_model=config.base_model)
         answers = sample_answers(base, renderer, config)
@@ -173,12 +189,12 @@ def chat_sft(
         )  # fmt: skip
 
     # train
-    batches = prepared.batches(config, cursor)
     step, after = done, None
     with TrainingProgress(console, config.num_steps, done) as progress, StopOnCtrlC(console) as stop:
         while step < config.num_steps and not stop.requested:
             started = time.perf_counter()
             batch = next(batches)
+            waited = time.perf_counter() - started
             rate = learning_rate_at(step, config.num_steps, config.learning_rate, config.schedule, config.warmup_steps)
             gradient = client.forward_backward(batch, "cross_entropy")
             update = client.optim_step(types.AdamParams(learning_rate=rate))
@@ -188,6 +204,7 @@ def chat_sft(
             metrics.append({
                 "step": step, "loss": loss, "learning_rate": rate, "grad_norm": optimizer["grad_norm"],
                 "tokens": sum(datum.model_input.length for datum in batch), "seconds": time.perf_counter() - started,
+                "wait_seconds": waited,
             })  # fmt: skip
             folder.append_metrics(metrics[-1])
             progress.step_done(metrics[-1])
@@ -198,13 +215,14 @@ def chat_sft(
                 folder.append_metrics(metrics[-1])
                 progress.evaluated(metrics[-1])
             if config.save_every and step % config.save_every == 0:
-                summary |= {"checkpoint": save(client, step, batches.cursor), "step": step}
+                summary |= {"checkpoint": save(client, step, batches.cursor, certificate), "step": step}
                 folder.write_summary(summary)
     if summary.get("step") != step:
-        summary |= {"checkpoint": save(client, step, batches.cursor), "step": step}
+        summary |= {"checkpoint": save(client, step, batches.cursor, certificate), "step": step}
         folder.write_summary(summary)
 
     # after
+    seconds = max(sum(row.get("seconds", 0.0) for row in metrics), 1e-9)
     losses = [row["loss"] for row in metrics if "loss" in row]
     trained = [row for row in metrics if "tokens" in row]
     summary |= {
@@ -214,7 +232,8 @@ def chat_sft(
         "test_nll_after": after.nll if after and step == config.num_steps else None,  # of the last step
         "evaluation_after": asdict(after) if after and step == config.num_steps else None,
         "tokens": sum(row["tokens"] for row in trained),
-        "tokens_per_second": sum(r["tokens"] for r in trained) / max(sum(r["seconds"] for r in trained), 1e-9),
+        "tokens_per_second": sum(row["tokens"] for row in trained) / seconds,
+        "wait_share": sum(row.get("wait_seconds", 0.0) for row in trained) / seconds,
         "rows_skipped": prepared.converter.report.skipped,
     }
     plot_losses(metrics, out / PLOT, title=f"{config.base_model} on {chats.name}")
@@ -230,7 +249,8 @@ def chat_sft(
                 service, client, summary["checkpoint"], config, batches, console
             )
     folder.write_summary(summary)
-    report(console, prepared, summary, out)
+    print_summary(console, prepared.converter.report, summary, out)
+    batches.close()
     service.close()
     return summary
 
@@ -264,7 +284,18 @@ def prepare(config: ChatSftConfig, chats: ChatSet, client: mint.TrainingClient, 
     held_out = evaluation_set(first_usable(chats.test, config.eval_size, testing), client.get_tokenizer())
     if testing.report.skipped:
         console.print(f"test rows skipped: {testing.report.skipped}", style="yellow")
-    return Prepared(chats, renderer, Converter(renderer, config.max_length, train_on), held_out)
+    converter = Converter(renderer, config.max_length, train_on)
+    certificate = certify(chats, converter, config.base_model, client.get_tokenizer(), config.max_loss, console)
+    return Prepared(chats, renderer, cached(converter) if config.cache else converter, held_out, certificate)
+
+
+def worker_count(config: ChatSftConfig, client: mint.TrainingClient) -> int:
+    """As configured, else one beside an accelerator. Where the processor trains, preparing a batch takes well under a
+    hundredth of its step, and a worker would cost memory and a second's start to save that.
+    """
+    if config.workers is not None:
+        return config.workers
+    return 0 if str(client.get_info().device) == "cpu" else 1
 
 
 def first_usable(rows: Sequence[Conversation], count: int, converter: Converter) -> list[list[types.Datum]]:
@@ -290,8 +321,8 @@ def sample_answers(client: mint.SamplingClient, renderer: Renderer, config: Chat
     return [renderer.parse(f.result().sequences[0].tokens).content.strip() for f in futures]
 
 
-def save(client: mint.TrainingClient, step: int, cursor: Cursor) -> str:
-    metadata = {"step": str(step), "data_cursor": cursor.to_json()}
+def save(client: mint.TrainingClient, step: int, cursor: Cursor, certificate: Certificate) -> str:
+    metadata = {"step": str(step), "data_cursor": cursor.to_json(), **checkpoint_metadata(certificate)}
     # a resumed run may come to a step that it has saved before
     return client.save_state(f"step-{step:06d}", overwrite=True, user_metadata=metadata).result().path
 
@@ -325,31 +356,6 @@ def resume_one_step(
     console.print(f"the same after resuming: loss {resumed_loss:.6f}, then {resumed_after:.6f} "
                   f"({'bit-equal' if exact else '[red]not bit-equal[/red]'})")  # fmt: skip
     return exact
-
-
-def report(console: Console, prepared: Prepared, summary: dict[str, Any], out: Path) -> None:
-    """What the user wants to know at the end, and what to type next."""
-    console.print(f"\n[bold]training rows[/bold]\n{prepared.converter.report}", highlight=False, soft_wrap=True)
-    if summary["status"] == "finished":
-        sample = summary["samples"][0] if summary["samples"] else None
-        if sample is not None:
-            console.print(f"\n[bold]{sample['prompt']}[/bold]")
-            for when in ("before", "after"):
-                console.print(f"[dim]{when}:[/dim]")
-                console.print(sample[when], markup=False, highlight=False)
-        console.print(f"\ntrain loss: {summary['first_train_loss']:.4f} -> {summary['last_train_loss']:.4f}")
-        before, after = (Evaluation(**summary[f"evaluation_{when}"]) for when in ("before", "after"))
-        console.print(comparison(before, after), highlight=False)
-    else:
-        console.print(f"\n[yellow]interrupted after step {summary['step']}; everything is saved[/yellow]")
-    console.print(f"speed:      {summary['tokens_per_second']:.0f} tokens/s")
-    console.print(f"checkpoint: {summary['checkpoint']}", soft_wrap=True)
-    console.print(
-        f"results:    {out}/ (loss.png, samples.md, metrics.jsonl, summary.json, config.json)", soft_wrap=True
-    )
-    more = "" if summary["status"] == "interrupted" else f" --steps {2 * int(summary['step'])}"
-    console.print(f"go on:      mint sft --resume {out}{more}", soft_wrap=True)
-    console.print(f"talk to it: mint chat {out}", soft_wrap=True)
 
 
 def dry_run(config: ChatSftConfig, console: Console | None = None) -> dict[str, Any]:

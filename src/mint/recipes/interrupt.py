@@ -10,15 +10,16 @@ from rich.console import Console
 
 
 class StopOnCtrlC:
-    """Inside the `with` block the first Ctrl-C sets `requested`; a second one is a KeyboardInterrupt as ever.
+    """Inside the `with` block the first Ctrl-C sets `requested` and prints what is `said`; a second one is a
+    KeyboardInterrupt as ever.
 
     Ctrl-C is left as it is outside the main thread, where no handler can be set, and where the process was started to
     ignore it (in the background of a script, say).
     """
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, said: str = "finishing this step, then saving") -> None:
         self.requested = False
-        self._console = console
+        self._console, self._said = console, said
         self._before: object = None
 
     def __enter__(self) -> StopOnCtrlC:
@@ -31,7 +32,7 @@ class StopOnCtrlC:
         if self.requested:
             raise KeyboardInterrupt
         self.requested = True
-        self._console.print("[yellow]finishing this step, then saving; Ctrl-C again stops at once[/yellow]")
+        self._console.print(f"[yellow]{self._said}; Ctrl-C again stops at once[/yellow]")
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -18,15 +18,15 @@ class TrainingProgress:
 
     def __init__(self, console: Console, num_steps: int, done: int = 0) -> None:
         self._console, self._num_steps, self._first = console, num_steps, done
-        self._tokens, self._seconds = 0, 0.0
+        self._tokens, self._seconds, self._waited = 0, 0.0, 0.0
         self._bar = Progress(
             TextColumn("step"), MofNCompleteColumn(), BarColumn(bar_width=24),
-            TextColumn("loss {task.fields[loss]}  {task.fields[speed]} tokens/s"),
+            TextColumn("loss {task.fields[loss]}  {task.fields[speed]} tokens/s  waited {task.fields[waited]}"),
             TimeElapsedColumn(), TextColumn("left {task.fields[left]}{task.fields[test]}"),
             console=console, disable=not console.is_terminal,
         )  # fmt: skip
         self._task = self._bar.add_task(
-            "train", total=num_steps, completed=done, loss="-", speed="-", left="-:--", test=""
+            "train", total=num_steps, completed=done, loss="-", speed="-", waited="-", left="-:--", test=""
         )
 
     def __enter__(self) -> TrainingProgress:
@@ -36,13 +36,18 @@ class TrainingProgress:
     def step_done(self, row: Mapping[str, Any]) -> None:
         self._tokens += row["tokens"]
         self._seconds += row["seconds"]
+        self._waited += row["wait_seconds"]
         step, speed = row["step"], self._tokens / self._seconds
         tokens_left = (self._num_steps - step) * self._tokens / (step - self._first)
         left = str(timedelta(seconds=round(tokens_left / speed)))
-        self._bar.update(self._task, completed=step, loss=f"{row['loss']:.4f}", speed=f"{speed:.0f}", left=left)
+        waited = f"{self._waited / self._seconds:.1%}"  # for data
+        self._bar.update(
+            self._task, completed=step, loss=f"{row['loss']:.4f}", speed=f"{speed:.0f}", waited=waited, left=left
+        )
         if not self._console.is_terminal and (step % max(1, self._num_steps // LINES) == 0 or step == self._num_steps):
             self._console.print(
-                f"step {step:>4}/{self._num_steps}  loss {row['loss']:.4f}  {speed:.0f} tokens/s  left {left}"
+                f"step {step:>4}/{self._num_steps}  loss {row['loss']:.4f}  {speed:.0f} tokens/s  "
+                f"waited for data {waited}  left {left}"
             )
 
     def evaluated(self, row: Mapping[str, Any]) -> None:

@@ -5,6 +5,7 @@ metrics.jsonl   a line per training step and per evaluation, see `chat_sft`
 loss.png        train loss and test NLL
 samples.md      the same prompts before and after
 summary.json    the results so far; its keys are described in docs/sft.md
+data_certificate.json  what the data is for the model, see docs/chat-data-check.md
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 from mint.errors import InputError
 
 CONFIG, METRICS, SUMMARY, PLOT, SAMPLES = "config.json", "metrics.jsonl", "summary.json", "loss.png", "samples.md"
+CERTIFICATE = "data_certificate.json"
 
 
 class RunFolder:
@@ -68,6 +70,13 @@ class RunFolder:
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         self._write(SUMMARY, json.dumps(summary, indent=2))
+
+    def write_certificate(self, certificate: dict[str, Any]) -> None:
+        self._write(CERTIFICATE, json.dumps(certificate, indent=2))
+
+    def read_certificate(self) -> dict[str, Any] | None:
+        """None where the folder holds none."""
+        return self._read(CERTIFICATE) if (self.path / CERTIFICATE).exists() else None
 
     def append_metrics(self, row: dict[str, Any]) -> None:
         with (self.path / METRICS).open("a", encoding="utf-8") as file:

@@ -236,13 +236,14 @@ def test_an_answer_is_what_the_template_writes_after_the_prompt(setup: Setup) ->
             assert setup.decode(run.ids).endswith(text_of(setup.case.messages[index]) + end)
 
 
-CONTENT_ALONE = [one for one in TRAINABLE if not (one.thinking or one.case.has_reasoning or "calls" in one.case.needs)]
+CONTENT_ALONE = [one for one in TRAINABLE if not (one.case.has_reasoning or "calls" in one.case.needs)]
 
 
 @for_each(CONTENT_ALONE)
 def test_trained_text_is_the_answers_and_their_end_tokens(setup: Setup) -> None:
+    """Also where the template puts an empty thought before an answer that has none: a model is not taught to skip it."""
     end = ALL_FAMILIES[setup.name].end_of_turn
-    opening = OPENING.get(setup.name, "")
+    opening = "" if setup.thinking else OPENING.get(setup.name, "")
     texts = [setup.decode(run.ids) for datum in trained(setup) for run in datum]
     assert texts == [opening + text_of(setup.case.messages[index]) + end for index in setup.case.answers]
 

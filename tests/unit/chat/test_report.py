@@ -8,7 +8,7 @@ import pytest
 from tests.unit.chat.conversations import HELLO, TWO_TURNS, chat
 from tests.unit.chat.tiny_tokenizers import FAMILIES, tokenizer_of
 
-from mint.chat import conversation_to_datums, convert_conversations, get_renderer
+from mint.chat import Converter, conversation_to_datums, convert_conversations, get_renderer
 from mint.errors import DataError, InputError
 
 MAX = 150
@@ -91,6 +91,32 @@ def test_report_prints_counts_reasons_rows_and_an_example(smollm2: Any) -> None:
     assert "exact duplicates        3" in lines
     assert f"system text added       5 x {FAMILIES['smollm2'].default_system!r}" in lines
     assert not any(line.startswith(("truncated", "control", "answers too long")) for line in lines)  # nothing to say
+
+
+def test_the_report_lists_the_first_hundred_numbers_of_a_reason(smollm2: Any) -> None:
+    _, report = convert_conversations([None] * 250, smollm2, MAX)
+    assert report.skipped == {"not_a_conversation": 250} and report.skipped_fraction == 1.0
+    assert report.skipped_rows == {"not_a_conversation": list(range(100))}
+
+
+def test_the_first_token_of_a_plain_text_is_no_target(smollm2: Any) -> None:
+    datums, report = convert_conversations([{"text": "As it stands."}], smollm2, MAX)
+    assert report.trained_tokens == report.tokens == datums[0].model_input.length > 1
+
+
+def test_a_row_is_counted_once_however_often_it_comes(smollm2: Any) -> None:
+    converter = Converter(smollm2, MAX)
+    for number, row in [*enumerate(ROWS), *enumerate(ROWS)]:
+        converter(number, row)
+    assert converter.report == convert_conversations(ROWS, smollm2, MAX)[1]
+
+
+def test_the_outcome_of_an_overlong_row_tells_how_long_it_is(smollm2: Any) -> None:
+    outcome = Converter(smollm2, MAX).outcome(0, LONG)
+    uncut = Converter(smollm2, 10_000).outcome(0, LONG)
+    assert outcome.conversion is not None and uncut.conversion is not None
+    assert outcome.conversion.examples == [] and str(outcome.error).startswith("[overlong]")
+    assert outcome.conversion.length == len(uncut.conversion.examples[0].tokens) > MAX
 
 
 def test_error_mode_stops_at_the_overlong_row_and_names_it(smollm2: Any) -> None:

@@ -68,7 +68,7 @@ UNFAITHFUL = {
     "refuses system texts": (
         EACH,
         EACH + "{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}",
-        0,
+        1,
     ),
 }
 
