@@ -319,7 +319,7 @@ def test_sft_takes_a_mixture_with_columns_and_test_rows_and_resumes_it(tiny_mode
 def test_sft_streams_a_packed_file_and_goes_on_in_its_order(tiny_model: str, tmp_path: Path, mint_home: Path) -> None:
     data = tmp_path / "chats.jsonl.gz"
     data.write_bytes(gzip.compress("".join(
-        json.dumps({"prompt": f"q{i}", "completion": f"a{i}" * (i % 7)}) + "\n" for i in range(40)
+        json.dumps({"prompt": f"q{i}", "completion": f"a{i}" * (1 + i % 7)}) + "\n" for i in range(40)
     ).encode()))  # fmt: skip
     options = [
         *("--model", tiny_model, "--dataset", str(data), "--stream", "--shuffle-buffer", "6", "--batch-size", "3"),

@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from mint.cli.common import EXIT_INTERRUPTED, JsonOption, command, make_console, print_json
+from mint.cli.common import EXIT_INTERRUPTED, ColumnsOption, JsonOption, TestOption, command, make_console, print_json
 from mint.errors import HubUnreachableError, InputError
 
 if TYPE_CHECKING:
@@ -44,22 +44,8 @@ def sft(
             show_default="no_robots",
         ),
     ] = None,
-    test: Annotated[
-        str | None,
-        typer.Option(
-            "--test",
-            "--test-file",
-            help="Rows to evaluate on: a fraction, a :split of the dataset, or a file, folder, address or hub set.",
-            show_default="its test split, or a tenth",
-        ),
-    ] = None,
-    columns: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="What columns mean, e.g. prompt=question,completion=answer; with SET: before it, for one of several.",
-            show_default="found out",
-        ),
-    ] = None,
+    test: TestOption = None,
+    columns: ColumnsOption = None,
     stream: Annotated[
         bool,
         typer.Option(
