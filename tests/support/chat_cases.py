@@ -230,9 +230,6 @@ def can_be_trained(template: str, thinking: bool, case: Case) -> bool:
     """Whether the template's finished turns can be what a model writes after the template's prompts."""
     if template == "gptoss" and {"calls", "reasoning"} <= case.needs:  # an answer removes the thought before a call
         return False
-    in_a_row = any(index + 1 in case.answers for index in case.answers)
-    if template == "qwen3" and in_a_row:  # shows an empty thought in the last answer, and not in the same one before it
-        return False
     if template == "nemotron_3_nano" and thinking:  # prompts open a thought, which turns without reasoning do not have
         return all(case.messages[index].get("reasoning_content") for index in case.answers)
     # gpt-oss thinks without a switch

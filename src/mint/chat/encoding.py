@@ -97,7 +97,13 @@ class Encoder:
         if self.tokenizer.is_fast and not self.adds_blank and not any(BREAK in text for text in texts):
             backend = self.tokenizer.backend_tokenizer  # type: ignore[attr-defined]
             return [made.ids for made in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
-        return [self._encode_broken(text, continues=number > 0) for number, text in enumerate(texts)]
+        encoded = []
+        context = ""
+        for text in texts:
+            encoded.append(self._encode_broken(text, context))
+            control = [found.start() for found in self.pattern.finditer(text)]
+            context = (text if control else context + text)[control[-1] if control else 0 :]
+        return encoded
 
     def decode_guarded(self, ids: Sequence[int]) -> str:
         """The text of ids, in which only real control tokens have the text of one; the rest is guarded."""
@@ -120,21 +126,25 @@ class Encoder:
     def unguarded(self, text: str) -> str:
         return text.replace(BREAK, "")
 
-    def _encode_broken(self, text: str, *, continues: bool) -> list[int]:
+    def _encode_broken(self, text: str, context: str) -> list[int]:
+        """The ids of text that follows `context`."""
         ids: list[int] = []
         for number, piece in enumerate(text.split(BREAK)):
-            ids += self._encode_piece(piece, continues=continues or number > 0)
+            ids += self._encode_after(context if number == 0 else "\n", piece)
         return ids
 
-    def _encode_piece(self, text: str, *, continues: bool) -> list[int]:
-        # not verbose: transformers warns about the model's context length, which is max_length's business
+    def _encode_after(self, context: str, text: str) -> list[int]:
+        """The ids of text as they are after `context`, where the tokenizer writes a blank before a text that starts."""
         if not text:
             return []
-        if continues and self.adds_blank:
-            line_end = self.tokenizer.encode("\n", add_special_tokens=False, verbose=False)
-            ids = self.tokenizer.encode("\n" + text, add_special_tokens=False, verbose=False)
-            if ids[: len(line_end)] == line_end:
-                return ids[len(line_end) :]
+        if context and self.adds_blank:
+            before, both = self._encode_text(context), self._encode_text(context + text)
+            if both[: len(before)] == before:
+                return both[len(before) :]
+        return self._encode_text(text)
+
+    def _encode_text(self, text: str) -> list[int]:
+        # not verbose: transformers warns about the model's context length, which is max_length's business
         return self.tokenizer.encode(text, add_special_tokens=False, verbose=False)
 
 
@@ -143,7 +153,7 @@ def make_encoder(tokenizer: Tokenizer, template: str) -> Encoder:
     control_ids = {
         token.content: int(token_id)
         for token_id, token in tokenizer.added_tokens_decoder.items()
-        if len(token.content) > 1 and (token.special or token.content in template)
+        if len(token.content) > 1 and (token.special or (token.content in template and token.content.strip()))
     }
     longest_first = sorted(control_ids, key=len, reverse=True)
     # without control tokens: a pattern that matches nothing

@@ -179,7 +179,7 @@ def get_renderer(tokenizer: Tokenizer, *, thinking: bool = False, date: str | No
         raise UnsupportedError(
             f"date={date!r}: the {style.family.name} template of {display_name(tokenizer)} writes no date"
         )
-    return Renderer(Scribe(style, remembers=style.family.name != "generic"), date)
+    return Renderer(Scribe(style), date)
 
 
 def _renderer_again(tokenizer: Tokenizer, thinking: bool, date: str | None) -> Renderer:

@@ -52,17 +52,17 @@ class Scribe:
     """Writes transcripts in one style."""
 
     style: Style
-    remembers: bool
 
     def __post_init__(self) -> None:
-        literals = self.style.template.literals()
-        self._inside, self._whole = tuple(literals.inside), literals.whole
+        reading = self.style.template.reading
+        self._searched, self._compared = tuple(reading.searched), reading.compared
+        self._remembers = self.style.family.name != "generic" and not reading.depends_on_texts
         self._of_shape = lru_cache(MAX_SHAPES)(self._examine)
 
     def write(self, dialog: Dialog, *, with_prompt: bool = False) -> Transcript:
         """Raises DataError where a prompt is asked for and cannot be written."""
         messages = [prepare_message(self.style, message) for message in dialog.messages]
-        if self.remembers and not dialog.tools and all(map(self._is_plain, messages)):
+        if self._remembers and not dialog.tools and all(map(self._is_plain, messages)):
             plan = self._of_shape(_shape(messages), with_prompt)
             if plan is not None:
                 return _filled(plan, messages)
@@ -99,8 +99,8 @@ class Scribe:
 
     def _is_plain_text(self, text: str) -> bool:
         return (
-            not any(literal in text for literal in self._inside)
-            and text not in self._whole
+            not any(literal in text for literal in self._searched)
+            and text not in self._compared
             and not self.style.encoder.pattern.search(text)
         )
 

@@ -122,10 +122,14 @@ def _notes(conversion: Conversion) -> tuple[str, ...]:
     if conversion.has_control_text:
         notes.append("a message contains the text of a control token; it is encoded as ordinary text")
     if conversion.trailing_messages:
-        notes.append(f"{conversion.trailing_messages} messages after the last answer are left out")
+        notes.append(f"left out after the last answer: {_count(conversion.trailing_messages, 'message')}")
     if conversion.shortened_turns or conversion.dropped_turns:
         notes.append(
-            f"too long: {conversion.shortened_turns} answers shortened, {conversion.dropped_turns} left out, "
-            f"{conversion.cut_tokens:,} tokens in all"
+            f"too long: {_count(conversion.shortened_turns, 'answer')} shortened, "
+            f"{_count(conversion.dropped_turns, 'answer')} left out, {_count(conversion.cut_tokens, 'token')} in all"
         )
     return tuple(notes)
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}{'' if number == 1 else 's'}"

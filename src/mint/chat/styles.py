@@ -7,11 +7,11 @@ is checked against the plain one.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Final
 
-from mint.chat.encoding import make_encoder
+from mint.chat.encoding import Encoder, make_encoder
 from mint.chat.families import FAMILIES, THINK_OPEN, Family, read_text, split_reasoning
 from mint.chat.marks import CLOSE, mark, unmarked
 from mint.chat.messages import Message, ToolCall
@@ -43,7 +43,7 @@ def find_style(template: ChatTemplate, *, thinking: bool) -> Style:
     """How to write with `template`. Raises UnsupportedError saying what stands in the way."""
     encoder = make_encoder(template.tokenizer, template.source)
     template = replace(template, json_arguments=_wants_json(template))
-    shows_thoughts = _REASONING in _text(template, _THOUGHT, thinking=True)
+    shows_thoughts = _REASONING in _text(template, [_QUESTION, _THOUGHT], thinking=True)
     opens = next((o for o in (f"{THINK_OPEN}\n", THINK_OPEN) if _prompt(template).endswith(o)), "")
     for family in FAMILIES:
         style = Style(template, family, encoder, shows_thoughts, opens, thinking)
@@ -51,7 +51,7 @@ def find_style(template: ChatTemplate, *, thinking: bool) -> Style:
             _reads_back(style, probe) for probe in _probes(shows_thoughts)
         ):
             return style
-    style = Style(template, _generic(template, encoder.control_ids), encoder, shows_thoughts, opens, thinking)
+    style = Style(template, _generic(template, encoder), encoder, shows_thoughts, opens, thinking)
     _require_usable(style)
     return style
 
@@ -91,12 +91,15 @@ def _reads_back(style: Style, probe: Message) -> bool:
     )
 
 
-def _generic(template: ChatTemplate, control_ids: object) -> Family:
-    """A family whose turns end with the first control token that the template writes after an answer."""
+def _generic(template: ChatTemplate, encoder: Encoder) -> Family:
+    """A family whose turns end with the control token that the template writes after every answer."""
     marked = replace(_ANSWER, content=mark(0, _ANSWER.content))
-    _, _, after = _text(template, marked, thinking=False).partition(CLOSE)
-    assert isinstance(control_ids, dict)
-    found = [(after.find(text), -len(text), text) for text in control_ids if text in after]
+    _, _, after = _text(template, [_QUESTION, marked]).partition(CLOSE)
+    _, _, between = _text(template, [_QUESTION, marked, _QUESTION]).partition(CLOSE)
+    # what follows an answer whatever comes next ends it; the last of that is what the model stops at
+    last, later = ([token for token in encoder.pattern.split(text)[1::2]] for text in (after, between))
+    shared = [token for token, other in zip(last, later, strict=False) if token == other]
+    found = shared or last
     if not found:
         eos = template.tokenizer.eos_token
         raise UnsupportedError(
@@ -104,7 +107,7 @@ def _generic(template: ChatTemplate, control_ids: object) -> Family:
             f"({unmarked(after[:40])!r} follows it), so a model trained with it would never learn to stop; "
             f"use a template that ends answers with a special token such as {eos!r}"
         )
-    return Family("generic", (min(found)[2],), (), read_text)
+    return Family("generic", (found[-1] if shared else found[0],), (), read_text)
 
 
 def _require_usable(style: Style) -> None:
@@ -132,10 +135,10 @@ def _wants_json(template: ChatTemplate) -> bool:
     return not is_written(template) and is_written(replace(template, json_arguments=True))
 
 
-def _text(template: ChatTemplate, answer: Message, *, thinking: bool) -> str:
-    """The finished conversation of a question and `answer`. Raises UnsupportedError."""
+def _text(template: ChatTemplate, messages: Sequence[Message], *, thinking: bool = False) -> str:
+    """A finished conversation. Raises UnsupportedError."""
     try:
-        return template.write([_QUESTION, answer], as_prompt=False, thinking=thinking)
+        return template.write(messages, as_prompt=False, thinking=thinking)
     except TemplateRefusedError as refusal:
         raise _not_runnable(template, refusal) from None
 

@@ -11,30 +11,18 @@ from typing import Any, Final
 from mint.chat.encoding import Tokenizer
 from mint.chat.marks import TAGGED, UNTAGGED
 from mint.chat.messages import Message
+from mint.chat.template_source import Reading, read_source
 from mint.errors import InputError, UnsupportedError
 
 FROZEN_DATE: Final = "26 Jul 2024"  # the Llama 3.1 template's own default, and 3.2's where no clock is available
 DATE_FORMATS: Final = ("%d %b %Y", "%Y-%m-%d")
 
 _CLOCK: Final = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
-# string methods and filters whose result depends on what is inside a string, not only at its borders
-_SEARCHING: Final = frozenset({"startswith", "endswith", "split", "rsplit", "partition", "replace", "find", "count"})
 _TAG: Final = re.compile(r"\{%(-?)\s*(end)?generation\s*(-?)%\}")
 
 
 class TemplateRefusedError(Exception):
     """The template raised; the text says what."""
-
-
-@dataclass(frozen=True, slots=True)
-class Literals:
-    """What a template's source says about how contents can change what it writes.
-
-    inside: texts that it looks for in strings (`in`, startswith, split, replace ...). whole: texts it compares with.
-    """
-
-    inside: frozenset[str]
-    whole: frozenset[str]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -50,6 +38,7 @@ class ChatTemplate:
     runnable: str = field(repr=False)
     date: str
     tagged: bool
+    reading: Reading = field(repr=False)
     json_arguments: bool = False
 
     @property
@@ -81,13 +70,10 @@ class ChatTemplate:
             raise TemplateRefusedError(str(error) or type(error).__name__) from None
         return str(text)
 
-    def literals(self) -> Literals:
-        return find_literals(self.source)
-
     def _given(self, message: Message) -> dict[str, Any]:
         """A message as the template sees it. Keys that a message has no use for are absent: some templates ask for keys."""
         role = message.role
-        if role == "developer" and "developer" not in self.source:
+        if role == "developer" and role not in self.reading.compared:
             role = "system"  # the newer name of the same role
         given: dict[str, Any] = {"role": role, "content": message.content}
         if message.reasoning is not None:
@@ -123,38 +109,13 @@ def open_template(tokenizer: Tokenizer, date: str | None) -> ChatTemplate:
             "frozen; set tokenizer.chat_template to one with strftime_now('...') or without a date"
         )
     runnable = _TAG.sub(lambda tag: f"{{{{{tag[1]} '{UNTAGGED if tag[2] else TAGGED}' {tag[3]}}}}}", runnable)
-    return ChatTemplate(tokenizer, source, runnable, shown, tagged=bool(_TAG.search(source)))
+    return ChatTemplate(
+        tokenizer, source, runnable, shown, bool(_TAG.search(source)), read_source(_TAG.sub("", source))
+    )
 
 
 def display_name(tokenizer: Tokenizer) -> str:
     return f"tokenizer {tokenizer.name_or_path!r}" if tokenizer.name_or_path else "this tokenizer"
-
-
-def find_literals(source: str) -> Literals:
-    """The texts that a template's source compares strings with or looks for in them."""
-    from jinja2 import Environment, nodes
-
-    tree = Environment(extensions=["jinja2.ext.loopcontrols"]).parse(_TAG.sub("", source))
-    inside: set[str] = set()
-    whole: set[str] = set()
-    for compare in tree.find_all(nodes.Compare):
-        texts = _texts([compare.expr, *(operand.expr for operand in compare.ops)])
-        whole |= texts
-        if any(operand.op in ("in", "notin") for operand in compare.ops):
-            inside |= texts
-    for call in tree.find_all(nodes.Call):
-        if isinstance(call.node, nodes.Getattr) and call.node.attr in _SEARCHING:
-            inside |= _texts(call.args)
-    for filtered in tree.find_all(nodes.Filter):
-        if filtered.name in _SEARCHING:
-            inside |= _texts(filtered.args)
-    return Literals(frozenset(inside - {""}), frozenset(whole))
-
-
-def _texts(args: Sequence[Any]) -> set[str]:
-    from jinja2 import nodes
-
-    return {node.value for node in args if isinstance(node, nodes.Const) and isinstance(node.value, str)}
 
 
 def _source_of(tokenizer: Tokenizer) -> str:

@@ -102,7 +102,7 @@ def reasoning_number(message: int) -> int:
 
 def prepare_message(style: Style, message: Message) -> Message:
     """The message as it is rendered: a thought written into an answer is taken out where the template would do so too."""
-    if message.role == "assistant" and message.reasoning is None and style.shows_thoughts:
+    if message.role == "assistant" and message.reasoning is None and (style.shows_thoughts or style.opens_thought):
         reasoning, content = split_reasoning(message.content)
         if reasoning is not None or THINK_CLOSE in message.content:
             return replace(message, reasoning=reasoning, content=content)
@@ -172,7 +172,9 @@ def write_transcript(
         continues = bool(runs) and text.startswith(written)
         prompt = _carried_on(runs[-1], text[len(written) :]) if continues else (_stretch(text, None),)
     longest = prompt or (runs[-1] if runs else ())
-    return Transcript(tuple(runs), refused, prompt, _added_texts(style, longest))
+    # with tools the template writes much that came from the row, which tells nothing about the template
+    has_tools = bool(tools) or any(message.tool_calls for message in messages)
+    return Transcript(tuple(runs), refused, prompt, () if has_tools else _added_texts(style, longest))
 
 
 def _carried_on(run: tuple[Stretch, ...], text: str) -> tuple[Stretch, ...]:
@@ -190,6 +192,7 @@ def write_prompt(style: Style, messages: Sequence[Message], tools: Sequence[Any]
         )
     prompt = _without_tags(_write(style, messages, tools, as_prompt=True))
     _require_shown(messages, prompt)
+    _require_tools(tools, prompt)
     return prompt if style.thinking else prompt.removesuffix(style.opens_thought)
 
 
@@ -243,7 +246,7 @@ def _write_turn(style: Style, messages: Sequence[Message], tools: Sequence[Any])
     tagged = _write(style, messages, tools, as_prompt=False)
     answer = _answer_after(style, messages, tools, prompt, _without_tags(tagged))
     answer = _up_to_the_end(style, answer, message, index)
-    _require_answer(message, index, answer)
+    _require_answer(style, message, index, answer)
     lead = _untrained_lead(style, prompt, tagged, answer)
     return Turn(index, prompt, lead, answer[len(lead) :])
 
@@ -282,13 +285,17 @@ def _untrained_lead(style: Style, prompt: str, tagged: str, answer: str) -> str:
     return answer[: found.end() - len(begun)] if found and found.end() > len(begun) else ""
 
 
+def _thinking_mismatch(index: int) -> DataError:
+    return data_error(
+        "thinking_mismatch",
+        f"message {index} has a thought, but the prompt says that there is none (thinking=False); "
+        "use get_renderer(tokenizer, thinking=True) or remove the thoughts",
+    )
+
+
 def _no_continuation(style: Style, prompt: str, full: str, message: Message, index: int) -> DataError:
     if message.reasoning and not style.thinking and style.template.has_thinking_switch:
-        return data_error(
-            "thinking_mismatch",
-            f"message {index} has a thought, but the prompt says that there is none (thinking=False); "
-            "use get_renderer(tokenizer, thinking=True) or remove the thoughts",
-        )
+        return _thinking_mismatch(index)
     shared = next(
         (i for i, (a, b) in enumerate(zip(prompt, full, strict=False)) if a != b), min(len(prompt), len(full))
     )
@@ -316,32 +323,47 @@ def _up_to_the_end(style: Style, answer: str, message: Message, index: int) -> s
     return answer[: start + len(end)]
 
 
-def _require_answer(message: Message, index: int, answer: str) -> None:
+def _require_answer(style: Style, message: Message, index: int, answer: str) -> None:
     """That the answer says all that the message does."""
-    text = unmarked(answer)
-    wanted = [("content", unmarked(message.content).strip())]
-    if message.reasoning:
-        wanted.append(("reasoning", unmarked(message.reasoning).strip()))
+    wanted = [("content", message.content), ("reasoning", message.reasoning or "")]
     wanted += [("tool call", call.name) for call in message.tool_calls]
     for what, said in wanted:
-        if said not in text:
-            raise data_error(
-                "not_shown",
-                f"message {index}: the chat template leaves out or changes its {what}; remove it, or use a tokenizer whose "
-                "template shows it",
-            )
+        if _is_said(said, answer):
+            continue
+        if what == "reasoning" and style.opens_thought and not style.thinking:
+            raise _thinking_mismatch(index)
+        raise data_error(
+            "not_shown",
+            f"message {index}: the chat template leaves out or changes its {what}; remove it, or use a tokenizer whose "
+            "template shows it",
+        )
 
 
 def _require_shown(messages: Sequence[Message], text: str) -> None:
     """That the text has what every message says. Thoughts may go, and what an assistant says beside a thought or a call."""
-    shown, plain = set(numbers_in(text)), unmarked(text)
     for index, message in enumerate(messages):
         may_go = message.role == "assistant" and (message.tool_calls or message.reasoning)
-        content = unmarked(message.content).strip()
-        if not may_go and content and content_number(index) not in shown and content not in plain:
+        if not may_go and not _is_said(message.content, text):
             raise data_error(
                 "not_shown", f"message {index} ({message.role}): the chat template leaves it out or changes its text"
             )
+
+
+def _require_tools(tools: Sequence[Any], text: str) -> None:
+    names = [str(tool.get("function", tool).get("name")) for tool in tools]
+    missing = [name for name in names if name not in text]
+    if missing:
+        raise data_error(
+            "not_shown",
+            f"the chat template leaves out the tools {', '.join(missing)}; remove 'tools', or use a tokenizer whose template "
+            "shows them",
+        )
+
+
+def _is_said(part: str, text: str) -> bool:
+    """Whether what is marked in `part` is in `text`; where marks could not be used, its text."""
+    numbers = numbers_in(part)
+    return set(numbers) <= set(numbers_in(text)) if numbers else part.strip() in text
 
 
 def _stretch(text: str, message: int | None) -> Stretch:

@@ -256,6 +256,12 @@ def test_the_last_trained_token_of_an_answer_is_the_only_stop_token_in_it(setup:
             assert [token in stops for token in run.ids] == [False] * (len(run.ids) - 1) + [True]
 
 
+@for_each([one for one in ALL_SETUPS if one not in TRAINABLE])
+def test_what_cannot_follow_its_prompt_is_refused_naming_the_message(setup: Setup) -> None:
+    with pytest.raises(DataError, match=r"^\[(thinking_mismatch|no_continuation|not_shown)\] message \d"):
+        setup.datums()
+
+
 @for_each(TRAINABLE)
 def test_there_is_a_new_datum_exactly_where_the_template_rewrites_the_history(setup: Setup) -> None:
     answers = setup.case.answers
