@@ -101,10 +101,10 @@ def test_a_length_is_proposed_and_used(tiny_model: str, tmp_path: Path) -> None:
     found = json.loads((tmp_path / "c.json").read_text())
     longest = found["train"]["lengths"]["max"]
     assert 256 < longest <= 512 and found["rules"]["max_length"] == (384 if longest <= 384 else 512)
-    assert done.exit_code == 0 and ": 0.00% of the rows are longer" in done.stdout.splitlines()[0]
+    assert done.exit_code == 0 and ": 0.00% of the rows are longer" in done.stdout.splitlines()[1]
     done = check(rows("x1 " * 400), "--model", tiny_model, "--max-length", "auto")
     assert done.exit_code == 1
-    assert done.stdout.splitlines()[0] == "--max-length 512, the model's context: 100.00% of the rows are longer"
+    assert done.stdout.splitlines()[1] == "--max-length 512, the model's context: 100.00% of the rows are longer"
     refused = check(rows("a"), "--model", tiny_model, "--max-length", "long")
     assert refused.exit_code == 1
     assert "error: --max-length long: expected a whole number of tokens, or auto" in refused.stderr
