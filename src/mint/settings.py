@@ -62,6 +62,11 @@ class Settings:
         return self.home / "downloads"
 
     @property
+    def datasets_dir(self) -> Path:
+        """Data files from elsewhere, unpacked ones, and data sets made of packages."""
+        return self.home / "datasets"
+
+    @property
     def cache_dir(self) -> Path:
         """What can be made again."""
         return self.home / "cache"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import re
 from pathlib import Path
@@ -239,6 +240,8 @@ def test_the_doctor_sees_who_else_is_called_mint(monkeypatch: pytest.MonkeyPatch
         (["models", "show", "./nowhere"], "there is no folder 'nowhere'"),
         (["export", "final", "nowhere/out"], "checkpoint path 'final'"),
         (["sft", "--dataset", "nowhere.jsonl"], "data set 'nowhere.jsonl': there is no such file"),
+        (["sft", "--shuffle-buffer", "9"], "--shuffle-buffer belongs to --stream"),
+        (["sft", "--stream", "--dataset", "a.csv", "--dataset", "b.csv"], "streaming takes a buffer of at least 1 and"),
         (["sft", "--resume", "nowhere"], "holds no config.json"),
         (["sft", "--resume", "x", "--rank", "4"], "--resume takes its options from the run's config.json"),
         (["sft", "--steps", "4", "--epochs", "1", "--offline"], "give --steps or --epochs, not both"),
@@ -295,3 +298,39 @@ def test_wrong_use_is_exit_code_2() -> None:
         ["sft", "--steps", "0"],
     ):
         assert invoke(*arguments).exit_code == 2
+
+
+def test_sft_takes_a_mixture_with_columns_and_test_rows_and_resumes_it(tiny_model: str, tmp_path: Path) -> None:
+    chats, table, held_out = tmp_path / "chats.jsonl", tmp_path / "table.csv", tmp_path / "held_out.jsonl"
+    chats.write_text("".join(json.dumps({"prompt": f"q{i}", "completion": f"a{i}"}) + "\n" for i in range(9)))
+    table.write_text("question,reply\n" + "".join(f"t{i},yes\n" for i in range(9)))
+    held_out.write_text(json.dumps({"prompt": "q", "completion": "a"}) + "\n")
+    options = [
+        *("--model", tiny_model, "--dataset", str(chats), "--dataset", f"{table}=0.25", "--test", str(held_out)),
+        *("--columns", f"{table}:prompt=question,completion=reply", "--batch-size", "2", "--max-length", "64"),
+    ]
+    out = str(tmp_path / "out")
+    summary = answer("sft", *options, "--epochs", "1", "--rank", "2", "--prompt", "hi", "--out", out)
+    assert summary["step"] == 6  # 9 rows of chats are three quarters, so 12 in all
+    assert (summary["dataset"], summary["test_rows"]) == (f"{chats} + {table}=0.25", 1)
+    assert answer("sft", "--resume", out, "--steps", "7")["step"] == 7
+
+
+def test_sft_streams_a_packed_file_and_goes_on_in_its_order(tiny_model: str, tmp_path: Path, mint_home: Path) -> None:
+    data = tmp_path / "chats.jsonl.gz"
+    data.write_bytes(gzip.compress("".join(
+        json.dumps({"prompt": f"q{i}", "completion": f"a{i}" * (1 + i % 7)}) + "\n" for i in range(40)
+    ).encode()))  # fmt: skip
+    options = [
+        *("--model", tiny_model, "--dataset", str(data), "--stream", "--shuffle-buffer", "6", "--batch-size", "3"),
+        *("--max-length", "64", "--rank", "2", "--prompt", "hi"),
+    ]
+    losses = []
+    for name, steps in (("whole", "8"), ("parts", "5")):
+        answer("sft", *options, "--steps", steps, "--out", str(tmp_path / name))
+    answer("sft", "--resume", str(tmp_path / "parts"), "--steps", "8")
+    for name in ("whole", "parts"):
+        rows = map(json.loads, (tmp_path / name / "metrics.jsonl").read_text().splitlines())
+        losses.append([row["loss"] for row in rows if "loss" in row])
+    assert losses[0] == losses[1] and len(losses[0]) == 8
+    assert not (mint_home / "datasets").exists()  # nothing was unpacked

@@ -87,7 +87,7 @@ def test_too_great_a_loss_is_exit_code_1_and_says_what_to_do(tiny_model: str, tm
 
 
 def test_where_nothing_would_be_trained_no_loss_is_allowed(tiny_model: str, tmp_path: Path) -> None:
-    data = write(tmp_path / "a.jsonl", [[{"role": "user", "content": "no answer"}]] * 3)
+    data = write(tmp_path / "a.jsonl", [[{"role": "user", "content": f"no answer {i}"}] for i in range(3)])
     done = check(data, "--model", tiny_model, "--max-loss", "1")
     assert done.exit_code == 1 and "not ok: nothing would be trained: no training row gives a token" in done.stdout
     assert "allow it" not in done.stdout
@@ -95,17 +95,17 @@ def test_where_nothing_would_be_trained_no_loss_is_allowed(tiny_model: str, tmp_
 
 def test_a_length_is_proposed_and_used(tiny_model: str, tmp_path: Path) -> None:
     def rows(answer: str) -> str:
-        row = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": answer}]
-        return write(tmp_path / "a.jsonl", [row] * 20)
+        answered = {"role": "assistant", "content": answer}
+        return write(tmp_path / "a.jsonl", [[{"role": "user", "content": f"Q{i}"}, answered] for i in range(20)])
 
     done = check(rows("x1 " * 130), "--model", tiny_model, "--max-length", "auto", "--json", str(tmp_path / "c.json"))
     found = json.loads((tmp_path / "c.json").read_text())
     longest = found["train"]["lengths"]["max"]
     assert 256 < longest <= 512 and found["rules"]["max_length"] == (384 if longest <= 384 else 512)
-    assert done.exit_code == 0 and ": 0.00% of the rows are longer" in done.stdout.splitlines()[0]
+    assert done.exit_code == 0 and ": 0.00% of the rows are longer" in done.stdout.splitlines()[1]
     done = check(rows("x1 " * 400), "--model", tiny_model, "--max-length", "auto")
     assert done.exit_code == 1
-    assert done.stdout.splitlines()[0] == "--max-length 512, the model's context: 100.00% of the rows are longer"
+    assert done.stdout.splitlines()[1] == "--max-length 512, the model's context: 100.00% of the rows are longer"
     refused = check(rows("a"), "--model", tiny_model, "--max-length", "long")
     assert refused.exit_code == 1
     assert "error: --max-length long: expected a whole number of tokens, or auto" in refused.stderr

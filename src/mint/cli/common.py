@@ -20,6 +20,23 @@ EXIT_FAILED, EXIT_INTERRUPTED = 1, 130
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for scripts; everything else goes to stderr.")]
 
+TestOption = Annotated[
+    str | None,
+    typer.Option(
+        "--test",
+        "--test-file",
+        help="Rows to evaluate on: a fraction, a :split of the dataset, or a file, folder, address or hub set.",
+        show_default="its test split, or a tenth",
+    ),
+]
+ColumnsOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="What columns mean, e.g. prompt=question,completion=answer; with SET: before it, for one of several.",
+        show_default="found out",
+    ),
+]
+
 
 def make_console(*, stderr: bool = False) -> Console:
     return Console(stderr=stderr, emoji=False)  # ":train:" in the id of a run is no picture

@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from mint.cli.common import EXIT_FAILED, EXIT_INTERRUPTED, command, make_console, print_json
+from mint.cli.common import EXIT_FAILED, EXIT_INTERRUPTED, ColumnsOption, TestOption, command, make_console, print_json
 from mint.errors import InputError, StorageError
 
 if TYPE_CHECKING:
@@ -27,14 +27,13 @@ _SHOWN = 5  # row numbers in a cell
 
 def check(
     dataset: Annotated[
-        str, typer.Argument(metavar="DATASET", help="no_robots, tulu3, packaged, or a JSONL file with 'messages'.")
+        str, typer.Argument(metavar="DATASET", help="A name as mint sft takes it: no_robots, a file, a folder, ...")
     ],
     model: Annotated[
         str, typer.Option(help="Hub id, folder or packaged model: whose tokenizer and template.")
     ] = "Qwen/Qwen3-0.6B",
-    test_file: Annotated[
-        Path | None, typer.Option(help="Test rows, where the dataset is a file.", show_default="a tenth of it")
-    ] = None,
+    test: TestOption = None,
+    columns: ColumnsOption = None,
     max_length: Annotated[
         str, typer.Option(metavar="N|auto", help="Tokens of a conversation; auto proposes a length and uses it.")
     ] = "2048",
@@ -71,7 +70,7 @@ def check(
         from mint.recipes.data_certificate import run_check
         from mint.recipes.interrupt import StopOnCtrlC
 
-        chats = load_chat_set(dataset, test=test_file, seed=seed)
+        chats = load_chat_set(dataset, test=test, columns=columns, seed=seed)
         checking = _prepare(chats, model, _length(max_length), train_on, on_overlong, limit, max_loss, cache, console)
         with StopOnCtrlC(console, "finishing this row, then showing what was seen") as stop:
             found = run_check(checking, console, stop)

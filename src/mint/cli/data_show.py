@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from rich.console import Console
 
-from mint.cli.common import checkpoint_named, command, is_checkpoint, make_console
+from mint.cli.common import ColumnsOption, TestOption, checkpoint_named, command, is_checkpoint, make_console
 from mint.errors import InputError
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ TERMINAL_ROWS, PAGE_ROWS = 3, 100  # shown where none are named
 MAX_ROWS = 5000  # at once, in memory and in a browser; of some hundred tokens each that is a page of 10 MB
 
 DatasetArgument = Annotated[
-    str, typer.Argument(metavar="DATASET", help="no_robots, tulu3, packaged, or a JSONL file with 'messages'.")
+    str, typer.Argument(metavar="DATASET", help="A name as mint sft takes it: no_robots, a file, a folder, ...")
 ]
 Model = Annotated[
     str | None,
@@ -46,9 +46,8 @@ def show(
     model: Model = None,
     rows: Rows = None,
     split: Annotated[Literal["train", "test"], typer.Option(help="The rows trained on, or those held out.")] = "train",
-    test_file: Annotated[
-        Path | None, typer.Option(help="Test rows, where the dataset is a file.", show_default="a tenth of it")
-    ] = None,
+    test: TestOption = None,
+    columns: ColumnsOption = None,
     max_length: Annotated[int, typer.Option(min=2, help="Tokens of a conversation.")] = 2048,
     train_on: Annotated[
         str | None, typer.Option(help="What is trained, as for mint sft.", show_default="the dataset's own")
@@ -73,7 +72,7 @@ def show(
     console = make_console()
     with command(make_console(stderr=True), verbose=False):
         first = TERMINAL_ROWS if html is None else PAGE_ROWS
-        view = View(dataset, test_file, seed, split, rows, first, max_length, train_on, on_overlong)
+        view = View(dataset, test, columns, seed, split, rows, first, max_length, train_on, on_overlong)
         if checkpoint is None:
             from mint.hub import load_tokenizer
 
@@ -93,7 +92,8 @@ class View:
     """Which rows are looked at, and by which rules they are rendered. rows, first: see `row_numbers`."""
 
     dataset: str
-    test_file: Path | None
+    test: str | None
+    columns: list[str] | None
     seed: int
     split: Literal["train", "test"]
     rows: str | None
@@ -107,7 +107,7 @@ class View:
         from mint.chat import Converter, get_renderer, show_row
         from mint.data import load_chat_set
 
-        chats = load_chat_set(self.dataset, test=self.test_file, seed=self.seed)
+        chats = load_chat_set(self.dataset, test=self.test, columns=self.columns, seed=self.seed)
         source = chats.train if self.split == "train" else chats.test
         numbers = row_numbers(self.rows, len(source), first=self.first)
         renderer = get_renderer(tokenizer)

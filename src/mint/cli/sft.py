@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from mint.cli.common import EXIT_INTERRUPTED, JsonOption, command, make_console, print_json
+from mint.cli.common import EXIT_INTERRUPTED, ColumnsOption, JsonOption, TestOption, command, make_console, print_json
 from mint.errors import HubUnreachableError, InputError
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ OFFLINE: dict[str, Any] = {
     "check_resume": True,
 }
 TULU3_STEPS = 100
+SHUFFLE_BUFFER = 10_000
 MODULES = ("attn", "mlp", "unembed")
 DEFAULT_OUT = Path("out/sft")
 
@@ -36,12 +37,23 @@ def sft(
         str | None, typer.Option(help="Hub id, folder or packaged model.", show_default="Qwen/Qwen3-0.6B")
     ] = None,
     dataset: Annotated[
-        str | None,
-        typer.Option(help="no_robots, tulu3, packaged, or a JSONL file with 'messages'.", show_default="no_robots"),
+        list[str] | None,
+        typer.Option(
+            help="no_robots, tulu3, packaged, chitchat, a file or folder (JSONL, JSON, CSV, parquet), an http(s) address, "
+            "or owner/name[:split] on the hub. Several make a mixture; NAME=SHARE sets the share of one.",
+            show_default="no_robots",
+        ),
     ] = None,
-    test_file: Annotated[
-        Path | None,
-        typer.Option(help="Rows to evaluate on, where the dataset is a file.", show_default="a tenth of it"),
+    test: TestOption = None,
+    columns: ColumnsOption = None,
+    stream: Annotated[
+        bool,
+        typer.Option(
+            "--stream", help="Read the dataset's files forward, without unpacking or indexing; for huge sets."
+        ),
+    ] = False,
+    shuffle_buffer: Annotated[
+        int | None, typer.Option(min=1, help="Rows that --stream shuffles at a time.", show_default="10000")
     ] = None,
     offline: Annotated[
         bool,
@@ -115,8 +127,10 @@ def sft(
     console = make_console(stderr=as_json)
     given = {
         "base_model": model,
-        "dataset": dataset,
-        "test_file": str(test_file) if test_file is not None else None,
+        "dataset": (dataset[0] if len(dataset) == 1 else tuple(dataset)) if dataset else None,
+        "test": test,
+        "columns": tuple(columns) if columns else None,
+        "shuffle_buffer": (shuffle_buffer or SHUFFLE_BUFFER) if stream else None,
         "num_steps": steps,
         "batch_size": batch_size,
         "learning_rate": learning_rate,
@@ -138,6 +152,8 @@ def sft(
     }
     chosen = {name: value for name, value in given.items() if value is not None}
     with command(console):
+        if shuffle_buffer is not None and not stream:
+            raise InputError("--shuffle-buffer belongs to --stream; without it all rows are shuffled")
         if resume is not None:
             others = chosen.keys() - {"num_steps"}
             if others or out is not None or offline or dry_run or epochs is not None:
@@ -161,7 +177,6 @@ def _modules(text: str | None) -> dict[str, bool]:
 
 
 def _config(chosen: dict[str, Any], *, offline: bool, epochs: float | None) -> ChatSftConfig:
-    from mint.data import load_chat_set
     from mint.recipes.chat_sft import ChatSftConfig
 
     defaults = OFFLINE if offline else {}
@@ -172,7 +187,7 @@ def _config(chosen: dict[str, Any], *, offline: bool, epochs: float | None) -> C
         return config
     if "num_steps" in chosen:
         raise InputError("give --steps or --epochs, not both")
-    rows = len(_naming_offline(lambda: load_chat_set(config.dataset, test=config.test_file, seed=config.seed)).train)
+    rows = len(_naming_offline(config.load_chats).train)
     return replace(config, num_steps=max(1, int(epochs * (rows // config.batch_size))))
 
 

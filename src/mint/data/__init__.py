@@ -4,6 +4,7 @@ from mint.data.batches import Batches, Cursor
 from mint.data.cache import CachedConverter, DiskCache, cached
 from mint.data.chat_sets import CHAT_SETS, ChatSet, load_chat_set
 from mint.data.conversations import Conversation, load_demo, load_jsonl
+from mint.data.rows import origin
 from mint.data.workers import Workers, stream_outcomes
 
 __all__ = [
@@ -19,5 +20,6 @@ __all__ = [
     "load_chat_set",
     "load_demo",
     "load_jsonl",
+    "origin",
     "stream_outcomes",
 ]

