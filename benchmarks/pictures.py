@@ -11,7 +11,8 @@ from pathlib import Path
 from rich.console import Console
 
 from mint.cli.sft import OFFLINE
-from mint.recipes.chat_sft import ChatSftConfig, chat_sft
+from mint.recipes.chat_sft import chat_sft
+from mint.recipes.config import ChatSftConfig
 
 IMAGES = Path(__file__).parents[1] / "docs" / "images"
 FOLDER = Path("out/first")

@@ -22,7 +22,7 @@ from mint.cli import data_show
 from mint.cli.data_show import row_numbers, show
 from mint.cli.shown_text import example_text, legend, print_rows
 from mint.errors import InputError
-from mint.recipes.chat_sft import ChatSftConfig
+from mint.recipes.config import ChatSftConfig
 from tests.support.clients import train
 from tests.support.shown import plain_row, token
 

@@ -39,7 +39,7 @@ def test_it_prints_and_writes_what_it_did(run):
     for pattern in (
         r"test NLL: +\d\.\d{4} -> \d\.\d{4}",
         r"train loss: \d\.\d{4} -> \d\.\d{4}",
-        r"step +4/4  loss \d\.\d{4}  \d+ tokens/s  left 0:00:00",
+        r"step +4/4  loss \d\.\d{4}  \d+ tokens/s  waited for data 0.\d%  left 0:00:00",
         r"checkpoint: tinker://\w+:train:0/weights/step-000004",
         rf"go on:      mint sft --resume {out} --steps 8",
         rf"talk to it: mint chat {out}\n",

@@ -16,7 +16,8 @@ from rich.console import Console
 from mint.data import Cursor
 from mint.errors import DataError, InputError
 from mint.recipes import chat_sft as recipe
-from mint.recipes.chat_sft import ChatSftConfig, chat_sft, dry_run, load_config
+from mint.recipes.chat_sft import chat_sft, dry_run
+from mint.recipes.config import ChatSftConfig, load_config
 from mint.recipes.evaluation import Evaluation
 from mint.recipes.interrupt import StopOnCtrlC
 from mint.recipes.progress import TrainingProgress

@@ -8,7 +8,7 @@ import logging
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -28,6 +28,19 @@ TestOption = Annotated[
         help="Rows to evaluate on: a fraction, a :split of the dataset, or a file, folder, address or hub set.",
         show_default="its test split, or a tenth",
     ),
+]
+DatasetsArgument = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="DATASET...", help="As for mint sft: no_robots, a file, a folder, ...; several make a mixture."
+    ),
+]
+TrainOnOption = Annotated[
+    Literal["all_assistant", "last_assistant", "all"] | None,
+    typer.Option(help="What is trained: every answer, the last one, or every token.", show_default="the dataset's own"),
+]
+ThinkingOption = Annotated[
+    bool, typer.Option("--thinking", help="Thoughts in answers are trained (Qwen3, GLM-4.5, DeepSeek-R1 ...).")
 ]
 ColumnsOption = Annotated[
     list[str] | None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -10,13 +11,25 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from mint.cli.common import EXIT_FAILED, EXIT_INTERRUPTED, ColumnsOption, TestOption, command, make_console, print_json
+from mint.cli.common import (
+    EXIT_FAILED,
+    EXIT_INTERRUPTED,
+    ColumnsOption,
+    DatasetsArgument,
+    TestOption,
+    ThinkingOption,
+    TrainOnOption,
+    command,
+    make_console,
+    print_json,
+)
 from mint.errors import InputError, StorageError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from mint.data.certificate import Certificate, RowList, SplitCertificate
+    from mint.chat import Renderer
+    from mint.data.certificate import Certificate, ModelFacts, RowList, SplitCertificate
     from mint.data.checking import DataCheck
     from mint.data.duplicates import Pairs
 
@@ -26,9 +39,7 @@ _SHOWN = 5  # row numbers in a cell
 
 
 def check(
-    dataset: Annotated[
-        str, typer.Argument(metavar="DATASET", help="A name as mint sft takes it: no_robots, a file, a folder, ...")
-    ],
+    dataset: DatasetsArgument,
     model: Annotated[
         str, typer.Option(help="Hub id, folder or packaged model: whose tokenizer and template.")
     ] = "Qwen/Qwen3-0.6B",
@@ -37,10 +48,8 @@ def check(
     max_length: Annotated[
         str, typer.Option(metavar="N|auto", help="Tokens of a conversation; auto proposes a length and uses it.")
     ] = "2048",
-    train_on: Annotated[
-        Literal["all_assistant", "last_assistant", "all"] | None,
-        typer.Option(help="Which answers are trained.", show_default="the dataset's own"),
-    ] = None,
+    train_on: TrainOnOption = None,
+    thinking: ThinkingOption = False,
     on_overlong: Annotated[
         Literal["drop", "truncate_right", "truncate_left_turns"],
         typer.Option(help="What is done with an answer that is too long with its prompt."),
@@ -70,8 +79,9 @@ def check(
         from mint.recipes.data_certificate import run_check
         from mint.recipes.interrupt import StopOnCtrlC
 
-        chats = load_chat_set(dataset, test=test, columns=columns, seed=seed)
-        checking = _prepare(chats, model, _length(max_length), train_on, on_overlong, limit, max_loss, cache, console)
+        chats = load_chat_set(tuple(dataset), test=test, columns=columns, seed=seed)
+        source = _resolve(model, thinking)
+        checking = _prepare(chats, source, _length(max_length), train_on, on_overlong, limit, max_loss, cache, console)
         with StopOnCtrlC(console, "finishing this row, then showing what was seen") as stop:
             found = run_check(checking, console, stop)
         if as_json == STDOUT:
@@ -92,21 +102,37 @@ def _length(text: str) -> int | None:
     return int(text)
 
 
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """Whose template rows are rendered with. context: tokens that the model can read, None where its config is silent."""
+
+    facts: ModelFacts
+    renderer: Renderer
+    context: int | None
+
+
+def _resolve(model: str, thinking: bool) -> _Source:
+    from mint.chat import get_renderer
+    from mint.data.certificate import model_facts
+    from mint.hub import load_tokenizer, resolve_model
+
+    found = resolve_model(model)
+    tokenizer = load_tokenizer(found)
+    context = _context(found.path)
+    facts = model_facts(model, tokenizer, revision=found.revision, context=context)
+    return _Source(facts, get_renderer(tokenizer, thinking=thinking), context)
+
+
 def _prepare(
-    chats: Any, model: str, max_length: int | None, train_on: Any, on_overlong: Any, limit: int | None, max_loss: float,
+    chats: Any, source: _Source, max_length: int | None, train_on: Any, on_overlong: Any, limit: int | None, max_loss: float,
     cache: bool, console: Console,
 ) -> DataCheck:  # fmt: skip
     import mint
-    from mint.chat import Converter, get_renderer
+    from mint.chat import Converter
     from mint.data import cached
-    from mint.data.certificate import model_facts
     from mint.data.checking import DataCheck, propose_max_length
-    from mint.hub import load_tokenizer, resolve_model
 
-    source = resolve_model(model)
-    tokenizer = load_tokenizer(source)
-    renderer = get_renderer(tokenizer)
-    context = _context(source.path)
+    renderer, context = source.renderer, source.context
     train_on = train_on or chats.train_on
     if max_length is None:
         proposed = propose_max_length(chats, renderer, train_on, max_loss=max_loss, context=context)
@@ -115,10 +141,9 @@ def _prepare(
         console.print(
             f"--max-length {max_length}{limited}: {proposed.longer_share:.2%} of the rows are longer", highlight=False
         )
-    facts = model_facts(model, tokenizer, revision=source.revision, context=context)
     converter = Converter(renderer, max_length, train_on, on_overlong=on_overlong)
     kept = cached(converter) if cache else converter
-    return DataCheck(chats, kept, facts, mint_version=mint.__version__, limit=limit, max_loss=max_loss)
+    return DataCheck(chats, kept, source.facts, mint_version=mint.__version__, limit=limit, max_loss=max_loss)
 
 
 def _context(folder: Path) -> int | None:

@@ -12,7 +12,17 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from rich.console import Console
 
-from mint.cli.common import ColumnsOption, TestOption, checkpoint_named, command, is_checkpoint, make_console
+from mint.cli.common import (
+    ColumnsOption,
+    DatasetsArgument,
+    TestOption,
+    ThinkingOption,
+    TrainOnOption,
+    checkpoint_named,
+    command,
+    is_checkpoint,
+    make_console,
+)
 from mint.errors import InputError
 
 if TYPE_CHECKING:
@@ -22,9 +32,6 @@ DEFAULT_MODEL = "Qwen/Qwen3-0.6B"
 TERMINAL_ROWS, PAGE_ROWS = 3, 100  # shown where none are named
 MAX_ROWS = 5000  # at once, in memory and in a browser; of some hundred tokens each that is a page of 10 MB
 
-DatasetArgument = Annotated[
-    str, typer.Argument(metavar="DATASET", help="A name as mint sft takes it: no_robots, a file, a folder, ...")
-]
 Model = Annotated[
     str | None,
     typer.Option(
@@ -42,16 +49,15 @@ Rows = Annotated[
 
 
 def show(
-    dataset: DatasetArgument,
+    dataset: DatasetsArgument,
     model: Model = None,
     rows: Rows = None,
     split: Annotated[Literal["train", "test"], typer.Option(help="The rows trained on, or those held out.")] = "train",
     test: TestOption = None,
     columns: ColumnsOption = None,
     max_length: Annotated[int, typer.Option(min=2, help="Tokens of a conversation.")] = 2048,
-    train_on: Annotated[
-        str | None, typer.Option(help="What is trained, as for mint sft.", show_default="the dataset's own")
-    ] = None,
+    train_on: TrainOnOption = None,
+    thinking: ThinkingOption = False,
     on_overlong: Annotated[
         Literal["drop", "truncate_right", "truncate_left_turns"],
         typer.Option(help="What is done with an answer that is too long with its prompt."),
@@ -72,7 +78,8 @@ def show(
     console = make_console()
     with command(make_console(stderr=True), verbose=False):
         first = TERMINAL_ROWS if html is None else PAGE_ROWS
-        view = View(dataset, test, columns, seed, split, rows, first, max_length, train_on, on_overlong)
+        data = (tuple(dataset), test, columns, seed)
+        view = View(*data, split, rows, first, max_length, train_on, on_overlong, thinking)
         if checkpoint is None:
             from mint.hub import load_tokenizer
 
@@ -91,7 +98,7 @@ def show(
 class View:
     """Which rows are looked at, and by which rules they are rendered. rows, first: see `row_numbers`."""
 
-    dataset: str
+    dataset: tuple[str, ...]
     test: str | None
     columns: list[str] | None
     seed: int
@@ -101,6 +108,7 @@ class View:
     max_length: int
     train_on: str | None
     on_overlong: OnOverlong
+    thinking: bool
 
     def render(self, tokenizer: Any) -> tuple[list[ShownRow], dict[str, str]]:
         """The rows, and what was rendered how. Raises as `load_chat_set` and `Converter`."""
@@ -110,7 +118,7 @@ class View:
         chats = load_chat_set(self.dataset, test=self.test, columns=self.columns, seed=self.seed)
         source = chats.train if self.split == "train" else chats.test
         numbers = row_numbers(self.rows, len(source), first=self.first)
-        renderer = get_renderer(tokenizer)
+        renderer = get_renderer(tokenizer, thinking=self.thinking)
         train_on: Any = self.train_on or chats.train_on
         converter = Converter(renderer, self.max_length, train_on, on_overlong=self.on_overlong)
         facts = {
@@ -205,5 +213,5 @@ def _write(rows: Sequence[ShownRow], facts: dict[str, str], view: View, file: Pa
     from mint.data.page import page
 
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(page(rows, f"{view.dataset}: rows as they are trained", facts), encoding="utf-8")
+    file.write_text(page(rows, f"{', '.join(view.dataset)}: rows as they are trained", facts), encoding="utf-8")
     console.print(f"{summary(figures(rows))}\npage: {file}", highlight=False, markup=False, soft_wrap=True)

@@ -11,11 +11,21 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from mint.cli.common import EXIT_INTERRUPTED, ColumnsOption, JsonOption, TestOption, command, make_console, print_json
+from mint.cli.common import (
+    EXIT_INTERRUPTED,
+    ColumnsOption,
+    JsonOption,
+    TestOption,
+    ThinkingOption,
+    TrainOnOption,
+    command,
+    make_console,
+    print_json,
+)
 from mint.errors import HubUnreachableError, InputError
 
 if TYPE_CHECKING:
-    from mint.recipes.chat_sft import ChatSftConfig
+    from mint.recipes.config import ChatSftConfig
 
 # what needs no hub, small and quick enough to see the model change within minutes on a laptop
 OFFLINE: dict[str, Any] = {
@@ -26,7 +36,8 @@ OFFLINE: dict[str, Any] = {
     "learning_rate": 5e-4,
     "check_resume": True,
 }
-TULU3_STEPS = 100
+# as the tutorial has it; some of its rows are longer than 2,048 tokens
+TULU3: dict[str, Any] = {"num_steps": 100, "max_loss": 0.1}
 SHUFFLE_BUFFER = 10_000
 MODULES = ("attn", "mlp", "unembed")
 DEFAULT_OUT = Path("out/sft")
@@ -73,13 +84,13 @@ def sft(
         int | None,
         typer.Option(min=2, help="Tokens of a conversation; answers beyond are left out.", show_default="2048"),
     ] = None,
-    train_on: Annotated[
-        Literal["all_assistant", "last_assistant"] | None,
-        typer.Option(help="Which answers are trained.", show_default="the dataset's own"),
-    ] = None,
+    train_on: TrainOnOption = None,
+    thinking: ThinkingOption = False,
     max_loss: Annotated[
         float | None,
-        typer.Option(min=0, max=1, help="Share of rows and of answers that may be lost.", show_default="0.01"),
+        typer.Option(
+            min=0, max=1, help="Share of rows and of answers that may be lost.", show_default="0.01; tulu3 0.1"
+        ),
     ] = None,
     eval_size: Annotated[int | None, typer.Option(min=1, help="Test rows evaluated.", show_default="32")] = None,
     eval_every: Annotated[
@@ -139,6 +150,7 @@ def sft(
         "rank": rank,
         "max_length": max_length,
         "train_on": train_on,
+        "thinking": thinking or None,
         "max_loss": max_loss,
         "eval_size": eval_size,
         "eval_every": eval_every,
@@ -177,11 +189,11 @@ def _modules(text: str | None) -> dict[str, bool]:
 
 
 def _config(chosen: dict[str, Any], *, offline: bool, epochs: float | None) -> ChatSftConfig:
-    from mint.recipes.chat_sft import ChatSftConfig
+    from mint.recipes.config import ChatSftConfig
 
     defaults = OFFLINE if offline else {}
-    if chosen.get("dataset") == "tulu3" and "num_steps" not in defaults:
-        defaults = {**defaults, "num_steps": TULU3_STEPS}
+    if chosen.get("dataset") == "tulu3":
+        defaults = {**TULU3, **defaults}
     config = ChatSftConfig(**{**defaults, **chosen})
     if epochs is None:
         return config
@@ -211,10 +223,11 @@ def _start(config: ChatSftConfig, out: Path | None, console: Console, *, dry: bo
 
 
 def _resume(out: Path, chosen: dict[str, Any], console: Console, *, data_changed: bool, as_json: bool) -> None:
-    from mint.recipes import chat_sft as recipe
+    from mint.recipes.chat_sft import chat_sft
+    from mint.recipes.config import load_config
 
-    config = recipe.load_config(out, **chosen)
-    _finish(recipe.chat_sft(config, out, console, resume=True, data_changed=data_changed), as_json=as_json)
+    config = load_config(out, **chosen)
+    _finish(chat_sft(config, out, console, resume=True, data_changed=data_changed), as_json=as_json)
 
 
 def _finish(summary: dict[str, Any], *, as_json: bool) -> None:

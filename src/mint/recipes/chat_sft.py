@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -20,92 +20,19 @@ from rich.console import Console
 
 import mint
 from mint import types
-from mint.chat import Converter, Renderer, TrainOn, get_renderer
-from mint.data import Batches, CachedConverter, ChatSet, Conversation, Cursor, cached, load_chat_set
-from mint.data.certificate import MAX_LOSS, Certificate
+from mint.chat import Converter, Renderer, get_renderer
+from mint.data import Batches, CachedConverter, ChatSet, Conversation, Cursor, cached
+from mint.data.certificate import Certificate
 from mint.errors import DataError, InputError
+from mint.recipes.config import ChatSftConfig
 from mint.recipes.data_certificate import accept, certify, checkpoint_metadata
 from mint.recipes.evaluation import Evaluation, EvaluationSet, evaluation_set, mean_nll, measure
 from mint.recipes.interrupt import StopOnCtrlC
 from mint.recipes.plots import plot_losses
 from mint.recipes.progress import TrainingProgress
 from mint.recipes.run_folder import PLOT, RunFolder
-from mint.recipes.schedule import Schedule, learning_rate_at
+from mint.recipes.schedule import learning_rate_at
 from mint.recipes.summary import print_summary
-
-PROMPTS = (
-    "How do I keep basil alive on a windowsill?",
-    "What is the difference between weather and climate?",
-    "My laptop is slow. What should I do first?",
-)
-
-
-@dataclass(frozen=True, slots=True)
-class ChatSftConfig:
-    """What to train, on what, and how. A step is `batch_size` conversations.
-
-    dataset, test, columns, shuffle_buffer: see `mint.data.load_chat_set`; several data sets are a mixture.
-    train_on: None is what the data set is usually trained on. schedule, warmup_steps: see `learning_rate_at`.
-    max_length: tokens of a conversation; an answer that does not fit is left out and counted.
-    eval_size: test rows of every evaluation, always the same ones. eval_every, save_every: steps between two; 0: only
-    at the end (and, for evaluations, the beginning).
-    workers: processes that prepare rows ahead of their turn; 0: this one does; None: see `worker_count`. cache: keep what
-    rows were converted to in MINT_HOME/cache. Neither changes a number that is trained.
-    max_loss: the share of rows, or of answers, that may be lost; training is refused where it is more.
-    check_resume: after saving, take one step more twice, with the run and with one resumed from the checkpoint, and
-    compare the bits.
-    """
-
-    base_model: str = "Qwen/Qwen3-0.6B"
-    dataset: str | tuple[str, ...] = "no_robots"
-    test: str | None = None
-    columns: tuple[str, ...] = ()
-    shuffle_buffer: int | None = None
-    num_steps: int = 50
-    batch_size: int = 4
-    learning_rate: float = 1e-4
-    schedule: Schedule = "constant"
-    warmup_steps: int = 0
-    rank: int = 16
-    train_mlp: bool = True
-    train_attn: bool = True
-    train_unembed: bool = True
-    max_length: int = 2048
-    train_on: TrainOn | None = None
-    max_loss: float = MAX_LOSS
-    eval_size: int = 32
-    eval_every: int = 0
-    save_every: int = 50
-    seed: int = 0
-    prompts: tuple[str, ...] = PROMPTS
-    sample_tokens: int = 120
-    check_resume: bool = False
-    workers: int | None = None
-    cache: bool = False
-
-    def __post_init__(self) -> None:
-        for name in ("num_steps", "batch_size", "eval_size"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name}={getattr(self, name)}: must be at least 1")
-        if self.workers is not None and self.workers < 0:
-            raise InputError(f"workers={self.workers}: must be 0 (rows are prepared in this process) or more")
-        for name in ("eval_every", "save_every"):
-            if getattr(self, name) < 0:
-                raise InputError(f"{name}={getattr(self, name)}: must be 0 (never in between) or a number of steps")
-        learning_rate_at(0, self.num_steps, self.learning_rate, self.schedule, self.warmup_steps)
-
-    @classmethod
-    def from_json(cls, found: dict[str, Any]) -> ChatSftConfig:
-        """Of a run folder's config.json."""
-        if unknown := found.keys() - {field.name for field in fields(cls)}:
-            raise InputError(f"config.json: unknown options {', '.join(sorted(unknown))}; was another MinT here?")
-        given: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in found.items()}
-        return cls(**given)
-
-    def load_chats(self) -> ChatSet:
-        return load_chat_set(
-            self.dataset, test=self.test, columns=self.columns, seed=self.seed, shuffle_buffer=self.shuffle_buffer
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -275,7 +202,7 @@ def prepare(config: ChatSftConfig, chats: ChatSet, client: mint.TrainingClient, 
         f"{info.num_parameters or 0:,} trained values in {len(info.lora_modules)} modules",
         highlight=False,
     )
-    renderer = get_renderer(client.get_tokenizer())
+    renderer = get_renderer(client.get_tokenizer(), thinking=config.thinking)
     train_on = config.train_on or chats.train_on
     console.print(
         f"rendered as {renderer.settings['family']}, trained on {train_on}, at most {config.max_length} tokens"
@@ -394,8 +321,3 @@ def dry_run(config: ChatSftConfig, console: Console | None = None) -> dict[str, 
         "rows_looked_at": prepared.converter.report.rows,
         "rows_skipped": prepared.converter.report.skipped,
     }
-
-
-def load_config(out: Path, **changes: Any) -> ChatSftConfig:
-    """The options of the run in `out`, with `changes`."""
-    return replace(ChatSftConfig.from_json(RunFolder(out).read_config()), **changes)
