@@ -130,7 +130,9 @@ def test_rules_decide_what_is_kept(chats: str, tiny_model: str) -> None:
     dropped = invoke(chats, "--model", tiny_model, "--rows", "0", "--max-length", "20")
     assert "dropped: overlong" in dropped.stdout and "1 rows: 0 kept, 1 dropped" in dropped.stdout
     unknown = invoke(chats, "--model", tiny_model, "--train-on", "nothing")
-    assert unknown.exit_code == 1 and "error: train_on='nothing': allowed are 'all_assistant'" in unknown.stderr
+    assert (
+        unknown.exit_code == 2 and "'nothing' is not one of 'all_assistant', 'last_assistant', 'all'" in unknown.stderr
+    )
 
 
 def test_the_page_is_written_with_the_same_rows(chats: str, tiny_model: str, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ continues the turn before shares its example; where the template rewrites the hi
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple, get_args
 
@@ -15,10 +15,11 @@ import numpy.typing as npt
 
 from mint.chat.messages import Dialog, Message, PlainText, data_error
 from mint.chat.renderer import Renderer
-from mint.chat.transcript import MarksMatterError, Stretch, whole_text, without_marks
+from mint.chat.transcript import MarksMatterError, Stretch, Transcript, whole_text, without_marks
 from mint.errors import InputError
 
 TrainOn = Literal["all_assistant", "last_assistant", "all"]
+Encoded = Mapping[str, list[int]]
 OnOverlong = Literal["drop", "truncate_right", "truncate_left_turns", "error"]
 
 
@@ -83,10 +84,31 @@ class Conversion:
     injected_system: str | None
 
 
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """A row written down, not yet encoded. dialog: up to the last answer. weights: of the trained ones."""
+
+    dialog: Dialog
+    weights: dict[int, float]
+    transcript: Transcript
+    trailing_messages: int
+
+    def texts(self) -> Iterator[str]:
+        """What there is to encode."""
+        for run in self.transcript.runs:
+            for stretch in run:
+                yield from (piece for piece in stretch.pieces if isinstance(piece, str))
+
+
 def convert(row: Dialog | PlainText, renderer: Renderer, rules: Rules) -> Conversion:
     """The examples of a checked row, none where all are too long. Raises DataError where it cannot be used."""
+    return finish(write_draft(row, renderer, rules), renderer, rules, {})
+
+
+def write_draft(row: Dialog | PlainText, renderer: Renderer, rules: Rules) -> Draft | PlainText:
+    """The first half of `convert`. Raises DataError."""
     if isinstance(row, PlainText):
-        return _convert_text(row, renderer, rules)
+        return row
     last = max((index for index, message in enumerate(row.messages) if message.role == "assistant"), default=None)
     if last is None:
         raise data_error("no_assistant", "the conversation has no assistant message, so there is nothing to train on")
@@ -96,10 +118,19 @@ def convert(row: Dialog | PlainText, renderer: Renderer, rules: Rules) -> Conver
     for index in weights:
         if index in transcript.refused:
             raise transcript.refused[index]
+    return Draft(dialog, weights, transcript, len(row.messages) - 1 - last)
+
+
+def finish(draft: Draft | PlainText, renderer: Renderer, rules: Rules, encoded: Encoded) -> Conversion:
+    """The second half. encoded: what of the draft's texts is encoded already. Raises DataError."""
+    if isinstance(draft, PlainText):
+        return _convert_text(draft, renderer, rules)
+    dialog, weights, transcript = draft.dialog, draft.weights, draft.transcript
     if rules.train_on == "all":
         whole = [_whole_example(renderer, dialog)]
     else:
-        whole = [example for run in transcript.runs if (example := _example(renderer, run, weights)) is not None]
+        made = (_example(renderer, run, weights, encoded) for run in transcript.runs)
+        whole = [example for example in made if example is not None]
     fits = [_fit(renderer, rules, dialog, weights, example) for example in whole]
     kept = [example for fit in fits for example in fit.examples]
     pattern = renderer.style.encoder.pattern
@@ -110,7 +141,7 @@ def convert(row: Dialog | PlainText, renderer: Renderer, rules: Rules) -> Conver
         cut_tokens=sum(fit.cut_tokens for fit in fits),
         shortened_turns=sum(fit.shortened_turns for fit in fits),
         dropped_turns=sum(fit.dropped_turns for fit in fits),
-        trailing_messages=len(row.messages) - 1 - last,
+        trailing_messages=draft.trailing_messages,
         is_split=len(whole) > 1,
         has_control_text=any(
             pattern.search(text) for message in dialog.messages for text in renderer.scribe.texts(message)
@@ -144,11 +175,11 @@ def turn_weights(messages: Sequence[Message], train_on: TrainOn) -> dict[int, fl
     return weights
 
 
-def encode_run(renderer: Renderer, run: Sequence[Stretch]) -> list[tuple[list[int], int]]:
+def encode_run(renderer: Renderer, run: Sequence[Stretch], known: Encoded) -> list[tuple[list[int], int]]:
     """The token ids of each stretch, and how many of them are an answer: up to and with the first end-of-turn token."""
     ends = renderer.end_token_ids
     encoded = []
-    for stretch, ids in zip(run, renderer.style.encoder.encode_pieces([s.pieces for s in run]), strict=True):
+    for stretch, ids in zip(run, renderer.style.encoder.encode_pieces([s.pieces for s in run], known), strict=True):
         learned = 0
         if stretch.message is not None:
             learned = 1 + min(ids.index(end) for end in ends if end in ids)
@@ -156,11 +187,11 @@ def encode_run(renderer: Renderer, run: Sequence[Stretch]) -> list[tuple[list[in
     return encoded
 
 
-def _example(renderer: Renderer, run: Sequence[Stretch], weights: dict[int, float]) -> Example | None:
+def _example(renderer: Renderer, run: Sequence[Stretch], weights: dict[int, float], encoded: Encoded) -> Example | None:
     """The example of a run, up to the end of its last trained answer; None where none of its answers is."""
     tokens: list[int] = []
     spans: list[tuple[int, int, int]] = []  # message, first token, end
-    for stretch, (ids, learned) in zip(run, encode_run(renderer, run), strict=True):
+    for stretch, (ids, learned) in zip(run, encode_run(renderer, run, encoded), strict=True):
         if stretch.message in weights:
             spans.append((stretch.message, len(tokens), len(tokens) + learned))
         tokens += ids
@@ -266,7 +297,7 @@ def _with_less_history(renderer: Renderer, rules: Rules, dialog: Dialog, weight:
         transcript = renderer.scribe.write(replace(dialog, messages=messages))
         if last in transcript.refused:
             continue
-        example = _example(renderer, transcript.runs[-1], {last: weight})
+        example = _example(renderer, transcript.runs[-1], {last: weight}, {})
         if example is not None and len(example.tokens) <= rules.max_length:
             return example
     return None

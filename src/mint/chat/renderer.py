@@ -109,7 +109,7 @@ class Renderer:
         dialog = _dialog(messages, tools)
         stretches = self.scribe.write(dialog, with_prompt=True).prompt
         assert stretches is not None
-        return [token for ids in self.style.encoder.encode_pieces([s.pieces for s in stretches]) for token in ids]
+        return [token for ids in self.style.encoder.encode_pieces([s.pieces for s in stretches], {}) for token in ids]
 
     def parse(self, tokens: Sequence[int], tools: Sequence[Mapping[str, Any]] | None = None) -> Response:
         """The answer in sampled token ids (list, numpy or torch), as they come after the prompt, stop token included.

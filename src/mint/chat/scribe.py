@@ -120,7 +120,7 @@ class Scribe:
         for messages in samples:  # tokenizers whose control tokens swallow blanks, or that look across them
             filled = _filled(plan, [without_marks(message) for message in messages])
             for stretch in (stretch for run in (*filled.runs, filled.prompt or ()) for stretch in run):
-                if encoder.encode_pieces([stretch.pieces]) != encoder.encode([stretch.text]):
+                if encoder.encode_pieces([stretch.pieces], {}) != encoder.encode([stretch.text]):
                     return _Plan(first, {})
         return plan
 

@@ -31,7 +31,7 @@ from mint.settings import Settings
 from mint.settings import load as load_settings
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable, Iterator
 
 logger = logging.getLogger("mint")
 
@@ -149,6 +149,9 @@ class CachedConverter:
 
     def take(self, outcome: RowOutcome) -> list[types.Datum]:
         return self._converter.take(outcome)
+
+    def outcomes(self, rows: Iterable[tuple[int, Any]]) -> Iterator[RowOutcome]:
+        return (self.outcome(number, row) for number, row in rows)
 
     def outcome(self, number: int, row: Any) -> RowOutcome:
         try:

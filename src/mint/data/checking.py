@@ -5,6 +5,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import tee
 from typing import Any, Final
 
 import numpy as np
@@ -72,9 +73,9 @@ class DataCheck:
         )
 
     def _look_at(self, split: Split, rows: Sequence[Any], counter: _SplitCounter) -> Iterator[None]:
-        for number in evenly_spaced(len(rows), self._limit):
-            row = rows[number]
-            outcome = self._converter.outcome(number, row)
+        numbered = ((number, rows[number]) for number in evenly_spaced(len(rows), self._limit))
+        looked_at, converted = tee(numbered)  # the converter is a chunk of rows ahead
+        for (number, row), outcome in zip(looked_at, self._converter.outcomes(converted), strict=True):
             if outcome.digest is not None:
                 self._finder.add(split, number, row, outcome.digest)
             counter.take(outcome)
@@ -167,8 +168,8 @@ def propose_max_length(
     uncut = Converter(renderer, _NO_LIMIT, train_on)
     lengths = array("Q")
     for rows in (chats.train, chats.test):
-        for number in evenly_spaced(len(rows), AUTO_LENGTH_ROWS):
-            outcome = uncut.outcome(number, rows[number])
+        numbered = ((number, rows[number]) for number in evenly_spaced(len(rows), AUTO_LENGTH_ROWS))
+        for outcome in uncut.outcomes(numbered):
             if outcome.conversion is not None:
                 lengths.append(outcome.conversion.length)
     if not lengths:
