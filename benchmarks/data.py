@@ -2,7 +2,8 @@
 
 `rendering`: rows/s of rendering and tokenising, cold (every pair gets rows that neither side has seen, each side has a
 tokenizer of its own, no cache on disk), against the loop that renders every prefix of a conversation with
-apply_chat_template, encodes it and takes the differences; with 0, 1 and 2 workers apart. Ids are compared where both are
+apply_chat_template, encodes it and takes the differences; in this process with one core and with all, and in 1 and 2
+worker processes. Ids are compared where both are
 right: the loop's are those of the whole conversation in the template, and ours is one example.
 `training`: seconds of a training step on rows that are there already, prepared in this process, prepared by a worker.
 `streaming`: memory of a process that sends generated conversations through a Converter.
@@ -24,7 +25,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-os.environ["TOKENIZERS_PARALLELISM"] = "false"
+PARALLELISM = "TOKENIZERS_PARALLELISM"
+os.environ[PARALLELISM] = "false"
 
 import psutil
 from peers import BASE_MODEL, LEARNING_RATE, RANK, machine
@@ -37,7 +39,8 @@ from mint.hub import load_tokenizer
 
 MAX_LENGTH = 8192
 SHAPES = {"two messages": (2, 2), "four messages and more": (4, 10)}
-WORKERS = (0, 1, 2)
+# how rows are rendered: worker processes, and whether the tokenizer may use all cores of this one
+SETTINGS = {"one core": (0, "false"), "all cores": (0, "true"), "1 worker": (1, "false"), "2 workers": (2, "false")}
 
 
 @cache
@@ -103,15 +106,18 @@ def rows_of(file: str | None, shape: tuple[int, int], number: int, count: int) -
     return rows
 
 
-def rendering(args: argparse.Namespace, shape: tuple[int, int], workers: int) -> dict[str, Any]:
+def rendering(args: argparse.Namespace, shape: tuple[int, int], setting: str) -> dict[str, Any]:
     """Pairs on the same rows, the two sides in turns first; a worker's start is not counted."""
     model, pairs, count = args.model, args.pairs, args.rows
+    workers, parallelism = SETTINGS[setting]
     converter, peer = Converter(load_tokenizer(model), MAX_LENGTH), load_tokenizer(model)
     pool = Workers(converter.outcome, workers) if workers else None
     made: dict[str, Any] = {}
 
     def ours(rows: list[Conversation]) -> None:
-        made["ours"] = list(pool.outcomes(enumerate(rows)) if pool else map(converter.outcome, range(len(rows)), rows))
+        os.environ[PARALLELISM] = parallelism  # read by the tokenizer library at every call
+        made["ours"] = list((pool or converter).outcomes(enumerate(rows)))
+        os.environ[PARALLELISM] = "false"
 
     def theirs(rows: list[Conversation]) -> None:
         made["theirs"] = [loop_ids(row, peer)[0] for row in rows]
@@ -132,7 +138,7 @@ def rendering(args: argparse.Namespace, shape: tuple[int, int], workers: int) ->
     if pool:
         pool.close()
     return {
-        "workers": workers,
+        "setting": setting,
         "ratio": spread(ratios),
         "rows_per_s": spread(speeds, 0),
         "tokens_per_row": round(tokens / (pairs * count)),
@@ -187,7 +193,7 @@ def stream(model: str, count: int, workers: int) -> dict[str, Any]:
     process, sizes = psutil.Process(), []
     rows = enumerate(islice(conversations(7, (2, 6)), count))
     pool = Workers(converter.outcome, workers) if workers else None
-    outcomes = pool.outcomes(rows) if pool else (converter.outcome(number, row) for number, row in rows)
+    outcomes = (pool or converter).outcomes(rows)
     every = max(1, count // 100)
     for number, outcome in enumerate(outcomes, 1):
         converter.take(outcome)
@@ -232,11 +238,11 @@ def main() -> None:
     if "rendering" in parts:
         result["rendering"] = {}
         for name, shape in SHAPES.items():
-            found = [rendering(args, shape, workers) for workers in WORKERS]
+            found = [rendering(args, shape, setting) for setting in SETTINGS]
             result["rendering"][name] = found
             for one in found:
                 print(
-                    f"{name:<24} {one['workers']} workers  {one['ratio'][0]:>6.2f} x the loop "
+                    f"{name:<24} {one['setting']:<9} {one['ratio'][0]:>6.2f} x the loop "
                     f"({one['ratio'][1]} to {one['ratio'][2]})  {one['rows_per_s'][0]:>7.0f} rows/s  "
                     f"same ids in {one['rows_compared']} of {one['rows']} rows compared"
                 )

@@ -5,9 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 from mint.chat.marks import BREAK
+
+_TOGETHER: Final = 32  # texts from which on they are encoded on all cores
 
 
 class AddedToken(Protocol):
@@ -108,7 +110,10 @@ class Encoder:
         """
         if self.tokenizer.is_fast and not self.adds_blank and not any(BREAK in text for text in texts):
             backend = self.tokenizer.backend_tokenizer  # type: ignore[attr-defined]
-            return [made.ids for made in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+            # handing a few texts to other threads costs more than it saves, and disturbs those that train
+            batches = [list(texts)] if len(texts) >= _TOGETHER else [[text] for text in texts]
+            encode = backend.encode_batch_fast
+            return [made.ids for batch in batches for made in encode(batch, add_special_tokens=False)]
         encoded = []
         context = ""
         for text in texts:

@@ -133,7 +133,6 @@ def finish(draft: Draft | PlainText, renderer: Renderer, rules: Rules, encoded: 
         whole = [example for example in made if example is not None]
     fits = [_fit(renderer, rules, dialog, weights, example) for example in whole]
     kept = [example for fit in fits for example in fit.examples]
-    pattern = renderer.style.encoder.pattern
     return Conversion(
         kept,
         turns=sum(len(example.answers) for example in whole),
@@ -143,9 +142,7 @@ def finish(draft: Draft | PlainText, renderer: Renderer, rules: Rules, encoded: 
         dropped_turns=sum(fit.dropped_turns for fit in fits),
         trailing_messages=draft.trailing_messages,
         is_split=len(whole) > 1,
-        has_control_text=any(
-            pattern.search(text) for message in dialog.messages for text in renderer.scribe.texts(message)
-        ),
+        has_control_text=renderer.scribe.has_control_text(dialog),
         injected_system="\n".join(transcript.added) or None,
     )
 

@@ -38,6 +38,8 @@ SkipReason = Literal[
 ROLES: Final = ("system", "developer", "user", "assistant", "tool")
 REASONING_KEYS: Final = ("reasoning_content", "reasoning", "thinking")
 
+_PLAIN_KEYS: Final = {"role", "content"}
+
 # Keys that change what is rendered wherever they are understood, and that are not understood here. Every other key is
 # metadata (id, source, timestamp ...) that no template reads.
 REFUSED_KEYS: Final = frozenset(
@@ -158,6 +160,8 @@ def _check_message(message: object, where: str) -> Message:
             f"{where} is {type(message).__name__}; a message is a mapping with 'role' and 'content'",
         )
     role = message.get("role")
+    if message.keys() == _PLAIN_KEYS and role in ROLES and isinstance(message["content"], str):  # as most are
+        return Message(str(role), _unicode(message["content"], where))
     if role not in ROLES:
         raise data_error("bad_role", f"{where} has role {role!r}; allowed: {', '.join(ROLES)}. Rename the roles first")
     refused = sorted(key for key in REFUSED_KEYS.intersection(message) if not _is_empty(message[key]))
@@ -291,6 +295,8 @@ def _text(content: object, where: str) -> str:
 
 
 def _unicode(text: str, where: str) -> str:
+    if text.isascii():
+        return text
     try:
         text.encode()
     except UnicodeEncodeError as error:  # JSON escapes can hold half a surrogate pair; no tokenizer takes it

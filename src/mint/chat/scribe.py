@@ -74,10 +74,11 @@ class Scribe:
             guard_tools(self.style, dialog.tools),
         )
 
-    def texts(self, message: Message) -> tuple[str, ...]:
-        """What is rendered of a message: its content, and its thought if it has one."""
-        prepared = prepare_message(self.style, message)
-        return (prepared.content,) if prepared.reasoning is None else (prepared.content, prepared.reasoning)
+    def has_control_text(self, dialog: Dialog) -> bool:
+        """Whether a message contains the text of a control token."""
+        search = self.style.encoder.pattern.search
+        prepared = (prepare_message(self.style, message) for message in dialog.messages)
+        return any(search(m.content) or (m.reasoning is not None and search(m.reasoning)) for m in prepared)
 
     def _write(self, messages: Sequence[Message], tools: Sequence[Any], with_prompt: bool) -> Transcript:
         marked = [mark_message(self.style, index, message) for index, message in enumerate(messages)]
