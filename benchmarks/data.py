@@ -25,8 +25,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-PARALLELISM = "TOKENIZERS_PARALLELISM"
-os.environ[PARALLELISM] = "false"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import psutil
 from peers import BASE_MODEL, LEARNING_RATE, RANK, machine
@@ -115,9 +114,9 @@ def rendering(args: argparse.Namespace, shape: tuple[int, int], setting: str) ->
     made: dict[str, Any] = {}
 
     def ours(rows: list[Conversation]) -> None:
-        os.environ[PARALLELISM] = parallelism  # read by the tokenizer library at every call
+        os.environ["TOKENIZERS_PARALLELISM"] = parallelism  # read by the tokenizer library at every call
         made["ours"] = list((pool or converter).outcomes(enumerate(rows)))
-        os.environ[PARALLELISM] = "false"
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
     def theirs(rows: list[Conversation]) -> None:
         made["theirs"] = [loop_ids(row, peer)[0] for row in rows]
