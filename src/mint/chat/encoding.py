@@ -109,7 +109,7 @@ class Encoder:
         Control tokens' texts become control tokens, but not where a BREAK stands in them.
         """
         if self.tokenizer.is_fast and not self.adds_blank and not any(BREAK in text for text in texts):
-            backend = self.tokenizer.backend_tokenizer  # type: ignore[attr-defined]
+            backend = without_leftovers(self.tokenizer.backend_tokenizer)  # type: ignore[attr-defined]
             # handing a few texts to other threads costs more than it saves, and disturbs those that train
             batches = [list(texts)] if len(texts) >= _TOGETHER else [[text] for text in texts]
             encode = backend.encode_batch_fast
@@ -163,6 +163,17 @@ class Encoder:
     def _encode_text(self, text: str) -> list[int]:
         # not verbose: transformers warns about the model's context length, which is max_length's business
         return self.tokenizer.encode(text, add_special_tokens=False, verbose=False)
+
+
+def without_leftovers(backend: Any) -> Any:
+    """The backend as it encodes by itself: a call of the tokenizer leaves its truncation and padding there for the next."""
+    if backend.truncation is not None:
+        backend.no_truncation()
+    if backend.padding is not None:
+        backend.no_padding()
+    if backend.encode_special_tokens:
+        backend.encode_special_tokens = False
+    return backend
 
 
 def make_encoder(tokenizer: Tokenizer, template: str) -> Encoder:

@@ -222,7 +222,10 @@ def _convert_text(row: PlainText, renderer: Renderer, rules: Rules) -> Conversio
     encoder = renderer.style.encoder
     (ids,) = encoder.encode([encoder.guard(row.text)])
     eos = encoder.tokenizer.eos_token_id
-    example = _all_trained(ids if eos is None else [*ids, eos], 0)
+    ids = ids if eos is None else [*ids, eos]
+    if len(ids) < 2:
+        raise data_error("untrained", "the row's text is a single token, and nothing predicts the first token")
+    example = _all_trained(ids, 0)
     fit = _cut_to_length(rules, example)
     return Conversion(
         fit.examples,

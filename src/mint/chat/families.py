@@ -26,7 +26,7 @@ class Answer:
 
 
 # (answer's text without its end, types of the tools' arguments by function and argument name) -> the answer.
-# Raises ValueError for a tool call that cannot be read.
+# Raises ValueError, or RecursionError for one nested too deep, for a tool call that cannot be read.
 ArgumentTypes = Mapping[str, Mapping[str, str]]
 Reader = Callable[[str, ArgumentTypes], Answer]
 

@@ -7,7 +7,6 @@ code, and nothing is guessed or dropped.
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -36,6 +35,7 @@ SkipReason = Literal[
 ]
 
 ROLES: Final = ("system", "developer", "user", "assistant", "tool")
+MAX_WEIGHT: Final = 1e6  # far beyond use, and its sums are still exact enough in single precision
 REASONING_KEYS: Final = ("reasoning_content", "reasoning", "thinking")
 
 _PLAIN_KEYS: Final = {"role", "content"}
@@ -142,7 +142,7 @@ def check_messages(messages: object) -> tuple[Message, ...]:
     messages: a non-empty list of mappings with "role" (one of ROLES) and "content" (text, or a list of
     {"type": "text", "text": ...} parts, which are joined without a separator; None beside tool_calls). An assistant's may
     have "reasoning_content" (also named "reasoning" or "thinking"), "tool_calls" as in the OpenAI API, and "train" (bool)
-    or "weight" (number from 0). Key order does not matter. Keys of REFUSED_KEYS are refused unless their value is empty
+    or "weight" (number from 0 to a million). Key order does not matter. Keys of REFUSED_KEYS are refused unless their value is empty
     (data sets fill absent keys with None); others are ignored.
     Raises DataError that names the message and what is allowed.
     """
@@ -225,8 +225,8 @@ def _weight(message: Mapping[str, Any], where: str) -> float | None:
         raise data_error("bad_weight", f"{where} has train={train!r}; allowed: true or false")
     if weight is None:
         return None if train is None else float(train)
-    if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight) or weight < 0:
-        raise data_error("bad_weight", f"{where} has weight={weight!r}; allowed: a number from 0")
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight <= MAX_WEIGHT:
+        raise data_error("bad_weight", f"{where} has weight={weight!r}; allowed: a number from 0 to {MAX_WEIGHT:,.0f}")
     if train is not None and train != bool(weight):
         raise data_error("bad_weight", f"{where} has train={train} and weight={weight}; keep one of them")
     return float(weight)
@@ -251,7 +251,7 @@ def _tool_call(call: object, where: str) -> ToolCall:
     if isinstance(arguments, str):
         try:
             arguments = json.loads(arguments) if arguments.strip() else {}
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise data_error("bad_tool_call", f"{where}: its arguments are not valid JSON ({error})") from None
     if arguments is None:
         arguments = {}
@@ -269,7 +269,7 @@ def _tools(tools: object) -> tuple[dict[str, Any], ...]:
     if isinstance(tools, str) and tools.strip():
         try:
             tools = json.loads(tools)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise data_error("bad_tool_call", f"the row's 'tools' are not valid JSON ({error})") from None
     if _is_empty(tools):
         return ()
@@ -281,7 +281,7 @@ def _tools(tools: object) -> tuple[dict[str, Any], ...]:
 def _json_copy(value: dict[str, Any], where: str) -> dict[str, Any]:
     try:
         copy: dict[str, Any] = json.loads(_unicode(json.dumps(value, ensure_ascii=False), where))
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise data_error("bad_tool_call", f"{where}: cannot be written as JSON ({error})") from None
     return copy
 

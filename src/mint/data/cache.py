@@ -24,6 +24,7 @@ import numpy as np
 
 from mint import types
 from mint.chat import ConversionReport, Converter, Renderer
+from mint.chat.encoding import without_leftovers
 from mint.chat.examples import Rules
 from mint.chat.report import RowOutcome
 from mint.errors import DataError, UnsupportedError
@@ -190,7 +191,7 @@ def fingerprint(converter: Converter) -> bytes:
         "settings": renderer.settings,
         "template": tokenizer.get_chat_template(),
         "special": [tokenizer.bos_token, tokenizer.eos_token],
-        "tokenizer": backend.to_str(),
+        "tokenizer": without_leftovers(backend).to_str(),
     }
     return hashlib.blake2b(json.dumps(parts).encode(), digest_size=32).digest()
 

@@ -267,7 +267,7 @@ def _is_json_lines(text: bytes) -> bool:
         return False
     try:
         return not isinstance(json.loads(first).get("data"), list)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
 
 

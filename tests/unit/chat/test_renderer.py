@@ -200,6 +200,45 @@ def test_parsed_answer_put_into_the_conversation_continues_the_sampled_tokens(sm
     assert following[: len(prompt) + len(sampled)] == [*prompt, *sampled]
 
 
+@pytest.mark.parametrize(
+    "block", ['{"name": "f", "arguments": {"a"', '{"name": "f"}</tool_call', "[" * 5_000 + "</tool_call>"]
+)
+def test_a_tool_call_that_cannot_be_read_leaves_its_text(qwen3: Any, block: str) -> None:
+    text = f"I look.\n<tool_call>\n{block}"
+    ids = qwen3.encode(text, add_special_tokens=False)
+    renderer = get_renderer(qwen3)
+    assert renderer.parse(ids) == Response(text, None, (), "cut_off")
+    assert renderer.parse([*ids, qwen3.eos_token_id]) == Response(text, None, (), "end_of_turn")
+
+
+def test_parse_takes_ids_in_any_array(smollm2: Any) -> None:
+    torch = pytest.importorskip("torch")
+    ids = smollm2.encode("Hello there<|im_end|>", add_special_tokens=False)
+    renderer = get_renderer(smollm2)
+    for given in (ids, tuple(ids), np.array(ids), torch.tensor(ids)):
+        assert renderer.parse(given) == Response("Hello there", None, (), "end_of_turn")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"truncation": True, "max_length": 3},
+        {"padding": "max_length", "max_length": 99},
+        {"split_special_tokens": True},
+    ],
+)
+def test_a_call_of_the_tokenizer_leaves_nothing_behind(options: dict[str, Any]) -> None:
+    """The backend keeps the options of the last call: a common loop that pads would pad everything encoded here."""
+    tokenizer = make_tokenizer("qwen3")
+    tokenizer.pad_token = "<|endoftext|>"
+    renderer = get_renderer(tokenizer)
+    prompt, datums = renderer.prompt(TWO_TURNS), conversation_to_datums(TWO_TURNS, renderer, 2048)
+    tokenizer(["a b c d e f"], **options)
+    assert renderer.prompt(TWO_TURNS) == prompt
+    tokenizer(["a b c d e f"], **options)
+    assert conversation_to_datums(TWO_TURNS, renderer, 2048) == datums
+
+
 def test_importing_the_package_loads_no_tokenizer_library_and_no_torch() -> None:
     code = "import mint.chat, sys; print(sorted({'torch', 'transformers', 'tokenizers', 'jinja2'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)

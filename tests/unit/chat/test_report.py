@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from tests.unit.chat.conversations import HELLO, TWO_TURNS, chat
-from tests.unit.chat.tiny_tokenizers import FAMILIES, tokenizer_of
+from tests.unit.chat.tiny_tokenizers import FAMILIES, make_tokenizer, tokenizer_of
 
 from mint.chat import Converter, conversation_to_datums, convert_conversations, get_renderer
 from mint.errors import DataError, InputError
@@ -102,6 +102,13 @@ def test_the_report_lists_the_first_hundred_numbers_of_a_reason(smollm2: Any) ->
 def test_the_first_token_of_a_plain_text_is_no_target(smollm2: Any) -> None:
     datums, report = convert_conversations([{"text": "As it stands."}], smollm2, MAX)
     assert report.trained_tokens == report.tokens == datums[0].model_input.length > 1
+
+
+def test_a_text_of_one_token_is_skipped() -> None:
+    tokenizer = make_tokenizer("smollm2")
+    tokenizer.eos_token = None
+    datums, report = convert_conversations([{"text": "a"}, {"text": "Hello there"}], tokenizer, 2048)
+    assert report.skipped_rows == {"untrained": [0]} and len(datums) == 1
 
 
 def test_a_row_is_counted_once_however_often_it_comes(smollm2: Any) -> None:

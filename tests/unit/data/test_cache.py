@@ -133,6 +133,15 @@ def test_what_decides_an_outcome_decides_the_key():
     assert fingerprint(Converter(make_tokenizer("qwen3"), 300)) == fingerprint(converter())
 
 
+def test_the_fingerprint_is_the_same_after_a_call_that_truncates():
+    tokenizer = make_tokenizer("qwen3")
+    tokenizer(["a b c d e f"], truncation=True, max_length=3)
+    assert fingerprint(Converter(tokenizer, 300)) == fingerprint(converter())
+    made = Converter(tokenizer, 300)
+    tokenizer(["a b c d e f"], truncation=True, max_length=3)
+    assert fingerprint(made) == fingerprint(converter())
+
+
 def test_the_fingerprint_is_the_same_in_every_process():
     code = """
         from tests.unit.chat.tiny_tokenizers import tokenizer_of
