@@ -292,14 +292,15 @@ def _cut_to_length(rules: Rules, example: Example) -> _Fit:
 
 def _with_less_history(renderer: Renderer, rules: Rules, dialog: Dialog, weight: float, index: int) -> Example | None:
     """Answer `index` after as much of its history as fits: whole turns, from a user message on, and the system message."""
-    for messages in _without_oldest_turns(dialog.messages[: index + 1]):
+    for numbers in without_oldest_turns(dialog.messages, index):
+        messages = tuple(dialog.messages[number] for number in numbers)
         last = len(messages) - 1
         transcript = renderer.scribe.write(replace(dialog, messages=messages))
         if last in transcript.refused:
             continue
         example = _example(renderer, transcript.runs[-1], {last: weight}, {})
         if example is not None and len(example.tokens) <= rules.max_length:
-            return example
+            return replace(example, answers=((index, len(example.tokens)),))
     return None
 
 
@@ -313,9 +314,10 @@ def _joined(examples: list[Example], turn: Example) -> list[Example]:
     return [*examples[:-1], Example(turn.tokens, weights, (*before.answers, *turn.answers))]
 
 
-def _without_oldest_turns(messages: tuple[Message, ...]) -> Iterator[tuple[Message, ...]]:
-    """Ever shorter ends of a conversation that start with a user message, after the system message if there is one."""
+def without_oldest_turns(messages: Sequence[Message], answer: int) -> Iterator[tuple[int, ...]]:
+    """Numbers of the messages up to `answer`, ever fewer: from a user message on, after the system message if there is
+    one."""
     first = 1 if messages[0].role in ("system", "developer") else 0
-    for start in range(first + 1, len(messages) - 1):
+    for start in range(first + 1, answer):
         if messages[start].role == "user":
-            yield messages[:first] + messages[start:]
+            yield (*range(first), *range(start, answer + 1))

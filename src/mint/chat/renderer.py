@@ -140,7 +140,10 @@ class Renderer:
             reasoning, rest = split_reasoning(text)
         try:
             answer = style.family.read(rest, types)
-        except (ValueError, RecursionError):  # a call that the model has written wrongly: the user sees the text as it is
+        except (
+            ValueError,
+            RecursionError,
+        ):  # a call that the model has written wrongly: the user sees the text as it is
             return Answer(rest, reasoning)
         return answer if reasoning is None else Answer(answer.content, reasoning, answer.tool_calls)
 

@@ -116,9 +116,11 @@ class Scribe:
         if first.refused or second.refused or _skeleton(first) != _skeleton(second):
             return None
         encoder = self.style.encoder
+        if encoder.adds_blank:  # ids depend on what stands before
+            return _Plan(first, {})
         stretches = {stretch for run in (*first.runs, first.prompt or ()) for stretch in run}
         plan = _Plan(first, {stretch: _pieces_of(encoder, stretch) for stretch in stretches})
-        for messages in samples:  # tokenizers whose control tokens swallow blanks, or that look across them
+        for messages in samples:  # there are tokenizers whose control tokens swallow blanks, or that look across them
             filled = _filled(plan, [without_marks(message) for message in messages])
             for stretch in (stretch for run in (*filled.runs, filled.prompt or ()) for stretch in run):
                 if encoder.encode_pieces([stretch.pieces], {}) != encoder.encode([stretch.text]):

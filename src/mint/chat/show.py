@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import accumulate
 from typing import Any
 
-import numpy as np
-
 from mint.chat.encoding import Encoder
-from mint.chat.examples import Conversion, Example, convert, require_examples
+from mint.chat.examples import Conversion, Example, convert, require_examples, without_oldest_turns
 from mint.chat.messages import Dialog, PlainText, check_row, skip_reason
 from mint.chat.report import Converter
+from mint.chat.transcript import Stretch
 from mint.chat.view import ShownRow, ShownToken, TokenKind
 from mint.errors import DataError
 
@@ -76,17 +76,18 @@ def _shown(converter: Converter, row: Dialog | PlainText, example: Example, kept
 def token_texts(encoder: Encoder, tokens: Sequence[int]) -> list[str]:
     """The text of each token; joined they are the text of all. Bytes of a character go to the token that completes it."""
     texts: list[str] = []
+    before: list[int] = []  # some tokenizers drop the blank of a text's first token, so each is decoded after another
     pending: list[int] = []
     for token in tokens:
         pending.append(token)
-        text = encoder.decode(pending)
+        text = encoder.decode([*before, *pending])[len(encoder.decode(before)) :]
         if text.endswith("\N{REPLACEMENT CHARACTER}") and len(pending) < 8:
             texts.append("")
         else:
             texts.append(text)
-            pending = []
+            before, pending = pending, []
     if pending:
-        texts[-1] = encoder.decode(pending)
+        texts[-1] = encoder.decode([*before, *pending])[len(encoder.decode(before)) :]
     return texts
 
 
@@ -94,23 +95,40 @@ def _owners(converter: Converter, row: Dialog | PlainText, example: Example, tex
     """The message that each token's text belongs to, None for the template's own."""
     if isinstance(row, PlainText):
         return [0] * len(example.tokens)
-    ends = np.cumsum([len(text) for text in texts])
-    for run in converter.renderer.scribe.write(row).runs:
-        spans = [part for stretch in run for part in stretch.parts]
-        marked = "".join(text for text, _ in spans)
-        plain = converter.renderer.style.encoder.unguarded(marked)
-        if not plain.startswith("".join(texts)):
-            continue
-        owner_of = np.full(len(plain) + 1, -1)
-        position = 0
-        for text, mark in spans:
-            length = len(converter.renderer.style.encoder.unguarded(text))
-            if mark is not None:
-                owner_of[position : position + length] = mark // 2
-            position += length
-        owners = [int(owner_of[end - 1]) if end else -1 for end in ends]
-        return [None if owner < 0 else owner for owner in owners]
+    for numbers in _histories(row, example):
+        messages = tuple(row.messages[number] for number in numbers)
+        for run in converter.renderer.scribe.write(replace(row, messages=messages)).runs:
+            owners = _owners_in(converter.renderer.style.encoder, run, texts)
+            if owners is not None:
+                return [None if owner is None else numbers[owner] for owner in owners]
     return [None] * len(example.tokens)
+
+
+def _histories(row: Dialog, example: Example) -> Iterator[tuple[int, ...]]:
+    """Numbers of the messages that an example may have been made of: all, or without the oldest turns."""
+    yield tuple(range(len(row.messages)))
+    for answer, _ in example.answers:
+        yield from without_oldest_turns(row.messages, answer)
+
+
+def _owners_in(encoder: Encoder, run: Sequence[Stretch], texts: Sequence[str]) -> list[int | None] | None:
+    """The message of each text of a token, all of which the run begins with; None where it does not."""
+    parts = [(encoder.unguarded(text), mark) for stretch in run for text, mark in stretch.parts]
+    if not _begins(parts, texts):  # tokenizers may rewrite texts: normalise Unicode, write or swallow blanks
+        parts = [(_without_blanks(encoder.decode(encoder.encode([text])[0])), mark) for text, mark in parts]
+        texts = list(map(_without_blanks, texts))
+    if not _begins(parts, texts):
+        return None
+    owner_of = [None if mark is None else mark // 2 for text, mark in parts for _ in text]
+    return [owner_of[end - 1] if end else None for end in accumulate(map(len, texts))]
+
+
+def _begins(parts: Sequence[tuple[str, int | None]], texts: Sequence[str]) -> bool:
+    return "".join(text for text, _ in parts).startswith("".join(texts))
+
+
+def _without_blanks(text: str) -> str:
+    return "".join(text.split())
 
 
 def _notes(conversion: Conversion) -> tuple[str, ...]:

@@ -8,7 +8,14 @@ import pytest
 from tests.unit.chat.conversations import THREE_TURNS, TWO_TURNS, all_tokens, chat, trained_texts
 from tests.unit.chat.tiny_tokenizers import tokenizer_of
 
-from mint.chat import conversation_to_datum, conversation_to_datums, get_renderer, skip_reason, tokenize_conversation
+from mint.chat import (
+    Converter,
+    conversation_to_datum,
+    conversation_to_datums,
+    get_renderer,
+    skip_reason,
+    tokenize_conversation,
+)
 from mint.errors import DataError
 
 MAX = 2048
@@ -119,3 +126,13 @@ def test_tutorial_functions_cut_at_the_right_and_raise_where_nothing_is_trained(
     assert conversation_to_datum(TWO_TURNS, smollm2, length - 2).model_input.length == length - 3
     with pytest.raises(DataError, match=r"^\[overlong\]"):
         convert(TWO_TURNS, smollm2, 10)
+
+
+def test_answers_keep_their_numbers_when_their_history_is_left_out(smollm2: Any) -> None:
+    whole = Converter(smollm2, 2048).outcome(0, TWO_TURNS).conversion
+    assert whole is not None
+    limit = whole.length - 1
+    shortened = Converter(smollm2, limit, on_overlong="truncate_left_turns").outcome(0, TWO_TURNS).conversion
+    assert shortened is not None
+    assert [[number for number, _ in example.answers] for example in shortened.examples] == [[1], [3]]
+    assert all(example.answers[-1][1] == len(example.tokens) for example in shortened.examples)

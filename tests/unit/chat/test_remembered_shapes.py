@@ -25,7 +25,9 @@ every_setting = pytest.mark.parametrize(
 )
 few = settings(deadline=None, max_examples=12, derandomize=True)
 
-words = st.sampled_from(["", "a", "Hello there", "1. one\n2. two", "e\u0301 世界 🙂", "Say <b>", "<think>", "a</think>b"])
+words = st.sampled_from(
+    ["", "a", "Hello there", "1. one\n2. two", "e\u0301 世界 🙂", "Say <b>", "<think>", "a</think>b"]
+)
 blanks = st.sampled_from(["", "", "", " ", "\n", "\n\n ", "\t"])
 contents = st.tuples(blanks, words, blanks).map("".join)
 
@@ -34,7 +36,9 @@ contents = st.tuples(blanks, words, blanks).map("".join)
 def rows(draw: st.DrawFn) -> Any:
     """Conversations of all kinds, also such as no template can write."""
     messages: Messages = []
-    for role in draw(st.lists(st.sampled_from(["system", "user", "user", "assistant", "assistant", "tool"]), max_size=6)):
+    for role in draw(
+        st.lists(st.sampled_from(["system", "user", "user", "assistant", "assistant", "tool"]), max_size=6)
+    ):
         message: dict[str, Any] = {"role": role, "content": draw(contents)}
         if role == "assistant" and draw(st.integers(0, 3)) == 0:
             message["reasoning_content"] = draw(contents)
@@ -64,7 +68,9 @@ def in_full(outcome: Any) -> Any:
     """All of an outcome in values that can be compared."""
     conversion = outcome.conversion
     examples = [(e.tokens, e.weights.tolist(), e.answers) for e in conversion.examples] if conversion else None
-    rest = [getattr(conversion, name) for name in type(conversion).__slots__ if name != "examples"] if conversion else None
+    rest = (
+        [getattr(conversion, name) for name in type(conversion).__slots__ if name != "examples"] if conversion else None
+    )
     return outcome.number, outcome.digest, str(outcome.error), examples, rest
 
 
