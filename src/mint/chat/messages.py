@@ -142,8 +142,8 @@ def check_messages(messages: object) -> tuple[Message, ...]:
     messages: a non-empty list of mappings with "role" (one of ROLES) and "content" (text, or a list of
     {"type": "text", "text": ...} parts, which are joined without a separator; None beside tool_calls). An assistant's may
     have "reasoning_content" (also named "reasoning" or "thinking"), "tool_calls" as in the OpenAI API, and "train" (bool)
-    or "weight" (number from 0 to a million). Key order does not matter. Keys of REFUSED_KEYS are refused unless their value is empty
-    (data sets fill absent keys with None); others are ignored.
+    or "weight" (number from 0 to a million). Key order does not matter. Keys of REFUSED_KEYS are refused unless their
+    value is empty (data sets fill absent keys with None); others are ignored.
     Raises DataError that names the message and what is allowed.
     """
     if not isinstance(messages, list | tuple) or not messages:

@@ -100,6 +100,7 @@ class Scribe:
         return (
             not any(literal in text for literal in self._searched)
             and text not in self._compared
+            and text.strip() not in self._compared
             and not self.style.encoder.pattern.search(text)
         )
 

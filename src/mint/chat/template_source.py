@@ -46,7 +46,7 @@ def read_source(source: str) -> Reading:
             searched |= texts
     for name, args, _ in _operations(tree):
         if name in _SEARCHING:
-            searched |= _constants(args)
+            searched |= _constants(part for arg in args for part in _listed(arg))
     return Reading(frozenset(searched - {""}), frozenset(compared), _depends_on_texts(tree))
 
 
@@ -69,9 +69,10 @@ def _depends_on_texts(tree: nodes.Template) -> bool:
     def is_text(node: nodes.Node | None) -> bool:
         return node is not None and _has_text(node, texts)
 
-    known = _HARMLESS | _SEARCHING
-    if any(name not in known and is_text(applied_to) for name, _, applied_to in _operations(tree)):
-        return True
+    for name, args, applied_to in _operations(tree):
+        looks_for_known = name in _SEARCHING and bool(args) and all(map(_is_constant, args))
+        if name not in _HARMLESS and not looks_for_known and is_text(applied_to):
+            return True
     if any(test.name not in _HARMLESS_TESTS and is_text(test.node) for test in tree.find_all(nodes.Test)):
         return True
     # a part of a list of parts is fine: content[0]["text"]; and of what split() gives
@@ -82,7 +83,9 @@ def _depends_on_texts(tree: nodes.Template) -> bool:
             return True
     for compare in tree.find_all(nodes.Compare):
         operands = [compare.expr, *(operand.expr for operand in compare.ops)]
-        if any(map(is_text, operands)) and not any(isinstance(operand, nodes.Const) for operand in operands):
+        is_known = any(isinstance(operand, nodes.Const) for operand in operands)
+        by_order = any(operand.op not in ("eq", "ne", "in", "notin") for operand in compare.ops)
+        if any(map(is_text, operands)) and (by_order or not is_known):
             return True
     return False
 
@@ -98,6 +101,12 @@ def _text_names(tree: nodes.Template) -> set[str]:
         for assign in tree.find_all(nodes.Assign):
             if _has_text(assign.node, names):
                 found |= {name.name for name in _targets(assign.target)}
+        for block in tree.find_all(nodes.AssignBlock):
+            if any(_has_text(part, names) for part in block.body):
+                found |= {name.name for name in _targets(block.target)}
+        for loop in tree.find_all(nodes.For):
+            if _has_text(loop.iter, names):
+                found |= {name.name for name in _targets(loop.target)}
         for call in tree.find_all(nodes.Call):
             if isinstance(call.node, nodes.Name) and call.node.name in macros:
                 given = zip(macros[call.node.name], call.args, strict=False)
@@ -142,6 +151,19 @@ def _is_index(node: nodes.Node) -> bool:
     return isinstance(node, nodes.Getitem) and not (
         isinstance(node.arg, nodes.Const) and isinstance(node.arg.value, str)
     )
+
+
+def _listed(node: nodes.Node) -> list[Any]:
+    """The parts of a tuple or list, as in startswith(('a', 'b')); else the node."""
+    from jinja2 import nodes
+
+    return list(node.items) if isinstance(node, nodes.Tuple | nodes.List) else [node]
+
+
+def _is_constant(node: nodes.Node) -> bool:
+    from jinja2 import nodes
+
+    return all(isinstance(part, nodes.Const) for part in _listed(node))
 
 
 def _constants(expressions: Iterable[Any]) -> set[str]:
