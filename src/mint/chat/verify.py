@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
-from mint.chat.marks import content_number, numbers_in, unmarked
+from mint.chat.marks import content_number, marked_parts, numbers_in, unmarked
 from mint.chat.messages import Message, data_error
 from mint.errors import DataError
 
@@ -51,7 +51,8 @@ def require_shown(messages: Sequence[Message], text: str) -> None:
     """That the text has what every message says. Thoughts may go, and what an assistant says beside a thought or a call."""
     for index, message in enumerate(messages):
         may_go = message.role == "assistant" and (message.tool_calls or message.reasoning)
-        if not may_go and not _is_said(message.content, text):
+        is_said = _is_mentioned if message.role == "tool" else _is_said
+        if not may_go and not is_said(message.content, text):
             raise data_error(
                 "not_shown", f"message {index} ({message.role}): the chat template leaves it out or changes its text"
             )
@@ -78,6 +79,12 @@ def require_tools(tools: Sequence[Any], text: str) -> None:
 
 
 def _is_said(part: str, text: str) -> bool:
-    """Whether what is marked in `part` is in `text`; where marks could not be used, its text."""
+    """Whether what is marked in `part` is in `text` as it is; where marks could not be used, its text."""
+    said = {(inside, number) for inside, number in marked_parts(part) if number is not None}
+    return said <= set(marked_parts(text)) if said else part.strip() in text
+
+
+def _is_mentioned(part: str, text: str) -> bool:
+    """The same of a tool's result, which templates may write in another way, as JSON for instance."""
     numbers = numbers_in(part)
     return set(numbers) <= set(numbers_in(text)) if numbers else part.strip() in text

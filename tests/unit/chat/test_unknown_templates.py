@@ -86,6 +86,16 @@ def test_what_the_refusing_template_says_is_passed_on(base: str) -> None:
         conversation_to_datums(MESSAGES, tokenizer_with(base, old, new), 2048)
 
 
+@pytest.mark.parametrize(("role", "message"), [("system", 0), ("user", 3)])
+def test_a_template_that_changes_letters_of_a_role_is_refused_naming_the_message(
+    base: str, role: str, message: int
+) -> None:
+    changed = f"(m.content|replace('r', 'R') if m.role == '{role}' else m.content)"
+    messages = chat("Who?", "I am.", "Sure?", "Yes.", "And then?", "Nothing.", system="Be brief.")
+    with pytest.raises(DataError, match=rf"message {message} \({role}\): .* changes its text"):
+        conversation_to_datums(messages, tokenizer_with(base, CONTENT, changed), 2048)
+
+
 @pytest.mark.parametrize(
     "changed",
     [
