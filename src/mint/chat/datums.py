@@ -36,7 +36,8 @@ def conversation_to_datums(
     messages: mappings with "role" (system, user, assistant) and "content" (text or text parts); see `check_messages`.
     tokenizer: a transformers tokenizer, or the renderer made from it where `thinking` or `date` matter.
     max_length: the most tokens, counted before the shift, so that a datum has one less.
-    train_on: "all_assistant", or "last_assistant" for the last assistant message. Messages after it are left out.
+    train_on: "all_assistant"; "last_assistant", the last assistant message; or "all", every token up to the last
+        assistant message's end. Messages after it are left out. A message's own "train" or "weight" comes first.
     on_overlong: what is done with an answer that does not fit together with its prompt.
         "drop": it is not trained.
         "truncate_right": the tokens are cut at max_length.

@@ -164,6 +164,12 @@ def turn_weights(messages: Sequence[Message], train_on: TrainOn) -> dict[int, fl
     weights = {}
     for index in answers:
         own = messages[index].weight
+        if train_on == "all" and own not in (None, 1.0):
+            raise data_error(
+                "bad_weight",
+                f"message {index} has its own weight {own:g}, but train_on='all' trains every token alike; remove its "
+                "'train' or 'weight', or use train_on='all_assistant'",
+            )
         weight = float(train_on != "last_assistant" or index == answers[-1]) if own is None else own
         if weight:
             weights[index] = weight

@@ -5,24 +5,17 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.support.chat_cases import TOOLS, Messages, settings_of
+from tests.support.chat_cases import TOOLS, Messages
 from tests.unit.chat.test_families import renderer_of
-from tests.unit.chat.tiny_tokenizers import ALL_FAMILIES
+from tests.unit.chat.test_random_conversations import every_setting
 
 from mint.chat import Converter, show_row
 from mint.chat.renderer import Renderer
 from mint.chat.scribe import Scribe
 from mint.errors import DataError
 
-SETTINGS = [
-    (name, thinking) for name, family in ALL_FAMILIES.items() for thinking in settings_of(family.template or name)
-]
-every_setting = pytest.mark.parametrize(
-    ("name", "thinking"), SETTINGS, ids=[f"{name}{' thinking' if on else ''}" for name, on in SETTINGS]
-)
 few = settings(deadline=None, max_examples=12, derandomize=True)
 
 words = st.sampled_from(
