@@ -204,9 +204,11 @@ def ways_out(certificate: Certificate) -> list[str]:
     reasons = {reason: dropped for part in parts for reason, dropped in part.dropped.items()}
     found = []
     if "overlong" in reasons or any(part.dropped_turns for part in parts):
-        longest, context = max(part.lengths.max for part in parts if part.lengths), certificate.model.context
+        longest = max((part.lengths.max for part in parts if part.lengths), default=None)  # None: all were refused
+        told = "" if longest is None else f"the longest row takes {longest:,} tokens; "
+        context = certificate.model.context
         if context is None or certificate.rules["max_length"] < context:
-            found.append(f"raise --max-length (the longest row takes {longest:,} tokens; auto proposes a length)")
+            found.append(f"raise --max-length ({told}auto proposes a length)")
         found.append("shorten the rows")
     mendable = [reason for reason in reasons if reason != "overlong"]
     if mendable:

@@ -11,7 +11,7 @@ from tests.unit.chat.tiny_tokenizers import FAMILIES, make_tokenizer, tokenizer_
 
 from mint.chat import Converter, UnusableRow, convert_conversations, get_renderer
 from mint.data import ChatSet, load_demo
-from mint.data.certificate import Certificate, Lengths, model_facts
+from mint.data.certificate import Certificate, Lengths, model_facts, require_acceptable
 from mint.data.checking import (
     DataCheck,
     ProposedLength,
@@ -272,3 +272,10 @@ def test_the_facts_of_a_model_follow_its_tokenizer_and_template() -> None:
     tokenizer = make_tokenizer("qwen3")
     tokenizer("a text", truncation=True, max_length=2)
     assert model_facts("m", tokenizer) == facts
+
+
+def test_a_set_whose_rows_are_all_refused_as_too_long_is_told_a_way_out() -> None:
+    found = certify([LONG], [LONG], on_overlong="error")
+    assert found.train.lengths is None
+    with pytest.raises(DataError, match=r"nothing would be trained: .*raise --max-length \(auto proposes a length\)"):
+        require_acceptable(found, "here")
