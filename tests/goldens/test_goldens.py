@@ -39,9 +39,14 @@ def loaded(template: str) -> Any:
         pytest.skip(str(error))
 
 
+@cache
+def _renderer(template: str, thinking: bool) -> Any:
+    return get_renderer(loaded(template), thinking=thinking)
+
+
 @pytest.fixture
 def renderer(template: str, thinking: bool) -> Any:
-    return get_renderer(loaded(template), thinking=thinking)
+    return _renderer(template, thinking)
 
 
 def row(title: str) -> Any:

@@ -134,8 +134,11 @@ def _merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
             if found >= rank:
                 break
             parts[place : place + 2] = [parts[place] + parts[place + 1]]
-        cuts = [(token[:place], token[place:]) for place in range(1, len(token))]
-        merges += [cut for cut in cuts if (list(cut) == parts if len(parts) == 2 else set(cut) <= ranks.keys())]
+        if len(parts) == 2:
+            merges.append((parts[0], parts[1]))
+        else:
+            cuts = [(token[:place], token[place:]) for place in range(1, len(token))]
+            merges += [cut for cut in cuts if set(cut) <= ranks.keys()]
     return merges
 
 

@@ -16,7 +16,7 @@ from mint.chat.renderer import Renderer
 from mint.chat.scribe import Scribe
 from mint.errors import DataError
 
-few = settings(deadline=None, max_examples=12, derandomize=True)
+few = settings(deadline=None, max_examples=6, derandomize=True)
 
 words = st.sampled_from(
     ["", "a", "Hello there", "1. one\n2. two", "e\u0301 世界 🙂", "Say <b>", "<think>", "a</think>b"]

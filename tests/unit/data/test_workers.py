@@ -49,7 +49,7 @@ def wait_until_ended(pids: set[int]) -> None:
 
 
 @given(num_rows=st.integers(0, 60), stop=st.integers(0, 60))
-@settings(deadline=None)
+@settings(deadline=None, max_examples=40)
 def test_outcomes_come_in_order_and_a_new_stream_replaces_one_that_was_left(pool, num_rows, stop):
     expected = [Squares(unusable=3).outcome(number, number) for number in range(num_rows)]
     outcomes = pool.outcomes((number, number) for number in range(num_rows))
@@ -65,7 +65,7 @@ def test_outcomes_come_in_order_and_a_new_stream_replaces_one_that_was_left(pool
     seed=st.integers(0, 2**32),
     data=st.data(),
 )
-@settings(deadline=None, max_examples=6)
+@settings(deadline=None, max_examples=4)
 def test_batches_cursors_and_what_was_taken_are_those_without_workers(workers, num_rows, unusable, stop, seed, data):
     batch_size = data.draw(st.integers(1, max(1, num_rows // 3)))
     plain, ahead, resumed = (Squares(unusable) for _ in range(3))
