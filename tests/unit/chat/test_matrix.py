@@ -17,7 +17,9 @@ from mint.chat.examples import Conversion
 from mint.errors import UnsupportedError
 
 PAGE = Path(__file__).parents[3] / "docs" / "chat-data.md"
-HEADER = "| model | template | checked with | answers in an example | thoughts | tool calls | the template adds | remarks |"
+HEADER = (
+    "| model | template | checked with | answers in an example | thoughts | tool calls | the template adds | remarks |"
+)
 
 
 def table() -> dict[str, list[str]]:
