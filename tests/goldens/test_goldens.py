@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterator
 from functools import cache
@@ -37,6 +38,13 @@ def loaded(template: str) -> Any:
         return real_tokenizers.load(template)
     except real_tokenizers.NotHereError as error:
         pytest.skip(str(error))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def smollm2_is_loaded() -> None:
+    """Before a test gets a MINT_HOME of its own: the user's holds the converted model."""
+    with contextlib.suppress(real_tokenizers.NotHereError):
+        real_tokenizers.load("smollm2")
 
 
 @cache

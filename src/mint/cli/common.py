@@ -39,6 +39,7 @@ TrainOnOption = Annotated[
     Literal["all_assistant", "last_assistant", "all"] | None,
     typer.Option(help="What is trained: every answer, the last one, or every token.", show_default="the dataset's own"),
 ]
+OVERLONG_HELP = "What is done with an answer that is too long with its prompt."
 ThinkingOption = Annotated[
     bool, typer.Option("--thinking", help="Thoughts in answers are trained (Qwen3, GLM-4.5, DeepSeek-R1 ...).")
 ]

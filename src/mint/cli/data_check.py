@@ -14,6 +14,7 @@ from rich.table import Table
 from mint.cli.common import (
     EXIT_FAILED,
     EXIT_INTERRUPTED,
+    OVERLONG_HELP,
     ColumnsOption,
     DatasetsArgument,
     TestOption,
@@ -52,7 +53,7 @@ def check(
     thinking: ThinkingOption = False,
     on_overlong: Annotated[
         Literal["drop", "truncate_right", "truncate_left_turns"],
-        typer.Option(help="What is done with an answer that is too long with its prompt."),
+        typer.Option(help=OVERLONG_HELP),
     ] = "drop",
     max_loss: Annotated[
         float, typer.Option(min=0, max=1, help="Share of rows and of answers that may be lost.")

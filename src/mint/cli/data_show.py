@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 
 from mint.cli.common import (
+    OVERLONG_HELP,
     ColumnsOption,
     DatasetsArgument,
     TestOption,
@@ -60,7 +61,7 @@ def show(
     thinking: ThinkingOption = False,
     on_overlong: Annotated[
         Literal["drop", "truncate_right", "truncate_left_turns"],
-        typer.Option(help="What is done with an answer that is too long with its prompt."),
+        typer.Option(help=OVERLONG_HELP),
     ] = "drop",
     seed: Annotated[int, typer.Option(help="Chooses the test rows of a file, as in mint sft.")] = 0,
     checkpoint: Annotated[

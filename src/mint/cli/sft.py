@@ -13,6 +13,7 @@ from rich.table import Table
 
 from mint.cli.common import (
     EXIT_INTERRUPTED,
+    OVERLONG_HELP,
     ColumnsOption,
     JsonOption,
     TestOption,
@@ -82,7 +83,11 @@ def sft(
     ] = None,
     max_length: Annotated[
         int | None,
-        typer.Option(min=2, help="Tokens of a conversation; answers beyond are left out.", show_default="2048"),
+        typer.Option(min=2, help="Tokens of a conversation.", show_default="2048"),
+    ] = None,
+    on_overlong: Annotated[
+        Literal["drop", "truncate_right", "truncate_left_turns"] | None,
+        typer.Option(help=OVERLONG_HELP, show_default="drop"),
     ] = None,
     train_on: TrainOnOption = None,
     thinking: ThinkingOption = False,
@@ -149,6 +154,7 @@ def sft(
         "warmup_steps": warmup_steps,
         "rank": rank,
         "max_length": max_length,
+        "on_overlong": on_overlong,
         "train_on": train_on,
         "thinking": thinking or None,
         "max_loss": max_loss,

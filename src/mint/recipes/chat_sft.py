@@ -207,11 +207,11 @@ def prepare(config: ChatSftConfig, chats: ChatSet, client: mint.TrainingClient, 
     console.print(
         f"rendered as {renderer.settings['family']}, trained on {train_on}, at most {config.max_length} tokens"
     )
-    testing = Converter(renderer, config.max_length, train_on)
+    testing = Converter(renderer, config.max_length, train_on, on_overlong=config.on_overlong)
     held_out = evaluation_set(first_usable(chats.test, config.eval_size, testing), client.get_tokenizer())
     if testing.report.skipped:
         console.print(f"test rows skipped: {testing.report.skipped}", style="yellow")
-    plain = Converter(renderer, config.max_length, train_on)
+    plain = Converter(renderer, config.max_length, train_on, on_overlong=config.on_overlong)
     converter = cached(plain) if config.cache else plain
     certificate = certify(chats, converter, config.base_model, client.get_tokenizer(), config.max_loss, console)
     return Prepared(chats, renderer, converter, held_out, certificate)

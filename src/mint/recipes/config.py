@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from mint.chat import TrainOn
+from mint.chat import OnOverlong, TrainOn
 from mint.data import ChatSet, load_chat_set
 from mint.data.certificate import MAX_LOSS
 from mint.errors import InputError
@@ -27,7 +27,8 @@ class ChatSftConfig:
     dataset, test, columns, shuffle_buffer: see `mint.data.load_chat_set`; several data sets are a mixture.
     train_on: None is what the data set is usually trained on. thinking: see `mint.chat.get_renderer`.
     schedule, warmup_steps: see `learning_rate_at`.
-    max_length: tokens of a conversation; an answer that does not fit is left out and counted.
+    max_length, on_overlong: tokens of a conversation, and what is done with an answer that does not fit; see
+    `mint.chat.conversation_to_datums`.
     eval_size: test rows of every evaluation, always the same ones. eval_every, save_every: steps between two; 0: only
     at the end (and, for evaluations, the beginning).
     workers: processes that prepare rows ahead of their turn; 0: this one does; None: see `worker_count`. cache: keep what
@@ -52,6 +53,7 @@ class ChatSftConfig:
     train_attn: bool = True
     train_unembed: bool = True
     max_length: int = 2048
+    on_overlong: OnOverlong = "drop"
     train_on: TrainOn | None = None
     thinking: bool = False
     max_loss: float = MAX_LOSS

@@ -5,7 +5,7 @@ metrics.jsonl   a line per training step and per evaluation, see `chat_sft`
 loss.png        train loss and test NLL
 samples.md      the same prompts before and after
 summary.json    the results so far; its keys are described in docs/sft.md
-data_certificate.json  what the data is for the model, see docs/chat-data-check.md
+data_certificate.json  what the data is for the model, see docs/chat-data.md
 """
 
 from __future__ import annotations

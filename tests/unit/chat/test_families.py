@@ -293,7 +293,7 @@ def test_last_assistant_trains_the_last_answer_only(setup: Setup) -> None:
     assert run.tokens == trained(setup)[-1][-1].tokens
 
 
-PARSES_NO_CALLS = ("lfm2_v2", "nemotron_3_nano")  # rendered by their templates, with no parser for their way of calling
+PARSES_NO_CALLS = ("lfm2_v2",)  # rendered by its template, with no parser for its way of calling
 PARSED = [one for one in TRAINABLE if not (one.name in PARSES_NO_CALLS and "calls" in one.case.needs)]
 
 
