@@ -28,7 +28,7 @@ from mint.chat.transcript import (
 )
 from mint.errors import DataError
 
-MAX_SHAPES: Final = 4096
+MAX_SHAPES: Final = 512
 # Two contents as different as contents can be: if the template makes the same of both, it makes the same of all.
 _SAMPLES: Final = ("Ab", "Über 'q' \"d\" {x} [y]\n\n\t1. <b>\\ 世界\n" * 9 + "z")
 
