@@ -18,6 +18,7 @@ from mint.data.certificate import MAX_LOSS, Certificate, DroppedRows, Lengths, M
 from mint.data.chat_sets import ChatSet
 from mint.data.duplicates import DuplicateFinder, Split
 from mint.data.rendered_hash import RenderedHash
+from mint.data.rows import origin
 from mint.errors import DataError, InputError
 
 LISTED_SYSTEM_TEXTS: Final = 20
@@ -48,7 +49,7 @@ class DataCheck:
             raise InputError(f"max_loss={max_loss}: must be a share between 0 and 1, e.g. 0.05 for 5 %")
         self._chats, self._converter, self._model = chats, converter, model
         self._mint_version, self._limit, self._max_loss = mint_version, limit, max_loss
-        self._train, self._test = _SplitCounter(len(chats.train)), _SplitCounter(len(chats.test))
+        self._train, self._test = _SplitCounter(chats.train), _SplitCounter(chats.test)
         self._finder = DuplicateFinder()
         self.total_rows = sum(len(evenly_spaced(len(rows), limit)) for rows in (chats.train, chats.test))
 
@@ -86,8 +87,8 @@ class DataCheck:
 
 
 class _SplitCounter:
-    def __init__(self, rows_in_set: int) -> None:
-        self._found = SplitCertificate(rows_in_set)
+    def __init__(self, rows: Sequence[Any]) -> None:
+        self._rows, self._found = rows, SplitCertificate(len(rows))
         self._lengths, self._rendered = array("Q"), RenderedHash()
 
     def take(self, outcome: RowOutcome) -> None:
@@ -96,7 +97,7 @@ class _SplitCounter:
         if outcome.conversion is not None:
             self._count_turns(outcome.conversion)
         if outcome.error is not None:
-            _drop(found, outcome.number, outcome.error)
+            _drop(found, self._rows, outcome.number, outcome.error)
         elif outcome.conversion is not None:
             found.used_rows += 1
             self._count_examples(outcome.number, outcome.conversion)
@@ -196,10 +197,12 @@ def evenly_spaced(total: int, limit: int | None) -> range | list[int]:
     return [place * total // limit for place in range(limit)]
 
 
-def _drop(found: SplitCertificate, number: int, error: DataError) -> None:
+def _drop(found: SplitCertificate, rows: Sequence[Any], number: int, error: DataError) -> None:
     reason = skip_reason(error)
     if reason not in found.dropped:
-        found.dropped[reason] = DroppedRows(f"row {number}: {error}")
+        place = origin(rows, number)  # rows count within train or test; the file's own numbers are others
+        where = "" if place == f"row {number}" or place in str(error) else f" ({place})"
+        found.dropped[reason] = DroppedRows(f"row {number}{where}: {error}")
     found.dropped[reason].rows.add(number)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from tests.unit.chat.conversations import HELLO, TWO_TURNS, Conversation, chat
 from tests.unit.chat.tiny_tokenizers import FAMILIES, make_tokenizer, tokenizer_of
 
 from mint.chat import Converter, UnusableRow, convert_conversations, get_renderer
-from mint.data import ChatSet, load_demo
+from mint.data import ChatSet, load_chat_set, load_demo
 from mint.data.certificate import Certificate, Lengths, model_facts, require_acceptable
 from mint.data.checking import (
     DataCheck,
@@ -165,6 +166,23 @@ def test_the_hash_changes_with_any_token_or_weight_and_with_nothing_else() -> No
         rendered([HELLO, TWO_TURNS], train_on="last_assistant"),
     }
     assert len(others | {same}) == 4
+
+
+def test_a_dropped_row_is_named_by_its_place_in_the_file_whatever_its_number_after_the_split(tmp_path: Path) -> None:
+    file = tmp_path / "chats.jsonl"
+    rows = [chat(f"Question {number}?", "" if number == 6 else f"Answer {number}.") for number in range(12)]
+    file.write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
+    chats = load_chat_set(str(file), test="0.5")
+    part, numbers = next(
+        (part, [row["rows"]["first"] for row in part["dropped"].values()])
+        for part in map(certify(chats.train, chats.test).to_json().get, ("train", "test"))
+        if part["dropped"]
+    )
+    ((number,),) = numbers
+    assert number != 6  # the split has left rows before it out, or the test would show nothing
+    assert part["dropped"]["empty_answer"]["first_error"] == (
+        f"row {number} ({file}, row 6 (line 7)): [empty_answer] message 1 is an assistant turn without text: leave the row out"
+    )
 
 
 def test_the_json_is_complete_and_the_same_every_time() -> None:
