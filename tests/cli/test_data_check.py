@@ -76,7 +76,8 @@ def test_too_great_a_loss_is_exit_code_1_and_says_what_to_do(tiny_model: str, tm
     done = check(*options)
     assert done.exit_code == 1
     assert cells(done, "dropped: no_assistant") == ["2 (rows 4, 5)", ""]
-    assert "train, no_assistant: row 4: [no_assistant] the conversation has no assistant message" in done.stdout
+    place = f"row 4 ({data}, row 4 (line 5))"
+    assert f"train, no_assistant: {place}: [no_assistant] the conversation has no assistant message" in done.stdout
     assert "look at them: mint data show ... --rows 4,5\n" in done.stdout
     assert done.stdout.splitlines()[-2:] == [
         "not ok: 10.00% of the rows would be lost, allowed are 1.00%",
