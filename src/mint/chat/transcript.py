@@ -202,8 +202,9 @@ def whole_text(style: Style, messages: Sequence[Message], tools: Sequence[Any]) 
     """All messages as the template writes them when nothing is to follow, up to the last end-of-turn token."""
     text = _without_tags(_write(style, messages, tools, as_prompt=False))
     require_shown(messages, text)
-    if not style.family.next_header_ends:
-        text = text[: max((text.rfind(end) + len(end) for end in style.family.ends if end in text), default=len(text))]
+    if style.family.next_header_ends:
+        return _stretch(_with_next_header(style, text, messages[-1]), None)
+    text = text[: max((text.rfind(end) + len(end) for end in style.family.ends if end in text), default=len(text))]
     return _stretch(text, None)
 
 
@@ -298,7 +299,7 @@ def _up_to_the_end(style: Style, answer: str, message: Message, index: int) -> s
     """`answer` up to and with its end-of-turn text."""
     family = style.family
     if family.next_header_ends:
-        return answer.rstrip("\n") + family.ends[1 if message.tool_calls else 0]
+        return _with_next_header(style, answer, message)
     found = [(answer.find(end), end) for end in family.ends if end in answer]
     if not found:
         raise data_error(
@@ -308,6 +309,11 @@ def _up_to_the_end(style: Style, answer: str, message: Message, index: int) -> s
         )
     start, end = min(found)
     return answer[: start + len(end)]
+
+
+def _with_next_header(style: Style, text: str, answer: Message) -> str:
+    """`text`, which ends with an answer, and the header that ends it."""
+    return text.rstrip("\n") + style.family.ends[1 if answer.tool_calls else 0]
 
 
 def _stretch(text: str, message: int | None) -> Stretch:

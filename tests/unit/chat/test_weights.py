@@ -26,6 +26,15 @@ def test_all_trains_each_token_of_the_template_up_to_the_last_end_of_turn(name: 
     assert all_weights(datum) == [0.0] + [1.0] * last  # nothing predicts the first
 
 
+@pytest.mark.parametrize("name", ALL_FAMILIES)
+def test_all_ends_with_the_end_of_a_turn_in_every_family(name: str) -> None:
+    """Also where the template writes none, since the next turn's header ends a turn (GLM)."""
+    (datum,) = conversation_to_datums(TWO_TURNS, renderer_of(name, False), 4096, "all")
+    end = tokenizer_of(name).convert_tokens_to_ids(ALL_FAMILIES[name].end_of_turn)
+    assert (all_tokens(datum)[-1], all_weights(datum)[-1]) == (end, 1.0)
+    assert end in renderer_of(name, False).stop_token_ids
+
+
 @some_families
 @pytest.mark.parametrize("own", [{"train": False}, {"weight": 0}])
 def test_an_answer_with_weight_0_is_history_only(name: str, own: dict[str, object]) -> None:
