@@ -2,6 +2,7 @@
 PIP_ARGS ?=
 PYTHON ?= python3
 SFT_ARGS ?=
+TEST_PROCESSES ?= 2
 
 BIN := .venv/bin
 STAMP := .venv/.installed
@@ -20,8 +21,11 @@ $(STAMP): pyproject.toml constraints.txt
 sft: $(STAMP)
 	$(BIN)/mint sft --offline $(SFT_ARGS)
 
+# numbers are tested alone on all cores, as users compute; the rest in processes of one thread each, which do not wait for
+# one another's
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile --ignore tests/numerics --ignore tests/contract
+	$(BIN)/python -m pytest tests/numerics tests/contract
 
 check: $(STAMP)
 	$(BIN)/ruff check .

@@ -119,6 +119,17 @@ def test_a_save_does_not_mind_what_another_process_does(
         assert same_weights(world.state(resumed), expected)
 
 
+def test_a_save_removes_what_it_replaced_although_another_process_writes_there(
+    run: mint.TrainingClient, mint_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As it does when it sets the expiry of the checkpoint that this one overwrites."""
+    folder = checkpoint_folder(mint_home, run.save_state("saved").result(GUARD).path)
+    written = checkpoints._old(folder) / ".new-expiry"
+    meanwhile(monkeypatch, os, "rmdir", lambda: written.write_text("{}"))
+    run.save_state("saved", overwrite=True).result(GUARD)
+    assert os.listdir(folder.parent) == ["saved"]
+
+
 @pytest.mark.parametrize("when", ["rename", "rmtree"])
 def test_two_processes_may_delete_the_same(
     run: mint.TrainingClient, mint_home: Path, monkeypatch: pytest.MonkeyPatch, when: str

@@ -15,6 +15,7 @@ Deleting, and setting the expiry, may come from any process at any time.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -174,10 +175,13 @@ def _tidy(folder: Path) -> None:
 
 
 def _remove(folder: Path) -> None:
-    """As rmtree, where another process may be removing the same."""
+    """As rmtree, where another process may be removing the same, or put a file (an expiry) there meanwhile."""
     while folder.exists():
-        with contextlib.suppress(FileNotFoundError):
+        try:
             shutil.rmtree(folder)
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ENOTEMPTY):
+                raise
 
 
 def _expired(folder: Path, path: str) -> bool:
