@@ -110,7 +110,7 @@ def rendering(args: argparse.Namespace, shape: tuple[int, int], setting: str) ->
     model, pairs, count = args.model, args.pairs, args.rows
     workers, parallelism = SETTINGS[setting]
     converter, peer = Converter(load_tokenizer(model), MAX_LENGTH), load_tokenizer(model)
-    pool = Workers(converter.outcome, workers) if workers else None
+    pool = Workers(converter.outcomes, workers) if workers else None
     made: dict[str, Any] = {}
 
     def ours(rows: list[Conversation]) -> None:
@@ -191,7 +191,7 @@ def stream(model: str, count: int, workers: int) -> dict[str, Any]:
     converter = Converter(load_tokenizer(model), MAX_LENGTH)
     process, sizes = psutil.Process(), []
     rows = enumerate(islice(conversations(7, (2, 6)), count))
-    pool = Workers(converter.outcome, workers) if workers else None
+    pool = Workers(converter.outcomes, workers) if workers else None
     outcomes = (pool or converter).outcomes(rows)
     every = max(1, count // 100)
     for number, outcome in enumerate(outcomes, 1):

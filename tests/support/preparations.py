@@ -5,12 +5,19 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from mint.errors import DataError
+
+Rows = Iterable[tuple[int, Any]]
+
+
+class Prints:
+    def outcomes(self, rows: Rows) -> list[None]:
+        return [print(*row) for row in rows]
 
 
 @dataclass
@@ -21,10 +28,11 @@ class Squares:
     taken: list[tuple[int, int | None]] = field(default_factory=list)
 
     def __call__(self, number: int, row: int) -> list[int]:
-        return self.take(self.outcome(number, row))
+        return self.take(*self.outcomes([(number, row)]))
 
-    def outcome(self, number: int, row: int) -> tuple[int, int | None]:
-        return number, None if self.unusable and row % self.unusable == 0 else row * row
+    def outcomes(self, rows: Rows) -> Iterator[tuple[int, int | None]]:
+        for number, row in rows:
+            yield number, None if self.unusable and row % self.unusable == 0 else row * row
 
     def take(self, outcome: tuple[int, int | None]) -> list[int]:
         self.taken.append(outcome)
@@ -32,8 +40,8 @@ class Squares:
 
 
 class Pid:
-    def outcome(self, number: int, row: Any) -> int:
-        return os.getpid()
+    def outcomes(self, rows: Rows) -> list[int]:
+        return [os.getpid() for _ in rows]
 
     def take(self, outcome: int) -> list[int]:
         return [outcome]
@@ -43,18 +51,19 @@ class Fails:
     """Raises what the row says."""
 
     def __call__(self, number: int, row: str) -> list[str]:
-        return self.take(self.outcome(number, row))
+        return self.take(*self.outcomes([(number, row)]))
 
-    def outcome(self, number: int, row: str) -> str:
-        if row == "data error":
-            raise DataError(f"[bad_content] row {number} is bad")
-        if row == "bug":
-            raise KeyError(row)
-        if row == "killed":
-            os.kill(os.getpid(), signal.SIGKILL)
-        if row == "exit":
-            os._exit(3)
-        return row
+    def outcomes(self, rows: Rows) -> Iterator[str]:
+        for number, row in rows:
+            if row == "data error":
+                raise DataError(f"[bad_content] row {number} is bad")
+            if row == "bug":
+                raise KeyError(row)
+            if row == "killed":
+                os.kill(os.getpid(), signal.SIGKILL)
+            if row == "exit":
+                os._exit(3)
+            yield row
 
     def take(self, outcome: str) -> list[str]:
         return [outcome]
@@ -66,11 +75,12 @@ class Waits:
 
     folder: Path
 
-    def outcome(self, number: int, row: Any) -> int:
-        (self.folder / f"{os.getpid()}").touch()
-        while not (self.folder / "go on").exists():
-            time.sleep(0.01)
-        return number
+    def outcomes(self, rows: Rows) -> Iterator[int]:
+        for number, _ in rows:
+            (self.folder / f"{os.getpid()}").touch()
+            while not (self.folder / "go on").exists():
+                time.sleep(0.01)
+            yield number
 
     def take(self, outcome: int) -> list[int]:
         return [outcome]
@@ -80,8 +90,8 @@ class CannotBePickled:
     def __init__(self) -> None:
         self.function: Callable[[], None] = lambda: None
 
-    def outcome(self, number: int, row: Any) -> int:
-        return number
+    def outcomes(self, rows: Rows) -> list[int]:
+        return [number for number, _ in rows]
 
     def take(self, outcome: int) -> list[int]:
         return [outcome]
@@ -95,8 +105,8 @@ class CannotBeLoaded:
     def __reduce__(self) -> tuple[Callable[[], None], tuple[()]]:
         return _refuse, ()
 
-    def outcome(self, number: int, row: Any) -> int:
-        return number
+    def outcomes(self, rows: Rows) -> list[int]:
+        return [number for number, _ in rows]
 
     def take(self, outcome: int) -> list[int]:
         return [outcome]
@@ -108,11 +118,11 @@ class ModulesLoaded:
     def __init__(self, inner: Any) -> None:
         self.inner = inner
 
-    def outcome(self, number: int, row: Any) -> list[str]:
+    def outcomes(self, rows: Rows) -> list[list[str]]:
         import sys
 
-        self.inner.outcome(number, row)
-        return sorted({"torch", "datasets", "pyarrow", "pandas"} & sys.modules.keys())
+        outcomes = list(self.inner.outcomes(rows))
+        return [sorted({"torch", "datasets", "pyarrow", "pandas"} & sys.modules.keys())] * len(outcomes)
 
     def take(self, outcome: list[str]) -> list[str]:
         return outcome

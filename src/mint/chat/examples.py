@@ -242,7 +242,7 @@ def _convert_text(row: PlainText, renderer: Renderer, rules: Rules) -> Conversio
         dropped_turns=fit.dropped_turns,
         trailing_messages=0,
         is_split=False,
-        has_control_text=bool(encoder.pattern.search(row.text)),
+        has_control_text=encoder.find_control(row.text) is not None,
         injected_system=None,
     )
 

@@ -13,6 +13,7 @@ BREAK: Final = "\ufdd3"  # no token reaches across it: it stands inside the text
 TAGGED, UNTAGGED = "\ufdd4", "\ufdd5"  # around what a template encloses in {% generation %}
 
 NONCHARACTER: Final = re.compile("[\ufdd0-\ufdef]")
+NONCHARACTER_LEAD: Final = b"\xef\xb7"  # the first two of their three bytes in UTF-8
 _OPENING: Final = re.compile(f"{OPEN}(\\d+){SEP}")
 _MARK: Final = re.compile(f"{OPEN}\\d+{SEP}|{CLOSE}")
 

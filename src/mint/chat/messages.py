@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
-from mint.chat.marks import NONCHARACTER
+from mint.chat.marks import NONCHARACTER, NONCHARACTER_LEAD
 from mint.errors import DataError
 
 SkipReason = Literal[
@@ -298,14 +298,14 @@ def _unicode(text: str, where: str) -> str:
     if text.isascii():
         return text
     try:
-        text.encode()
+        encoded = text.encode()
     except UnicodeEncodeError as error:  # JSON escapes can hold half a surrogate pair; no tokenizer takes it
         raise data_error(
             "bad_content",
             f"{where} has content that is not valid Unicode (half a surrogate pair at character {error.start}); "
             "repair it",
         ) from None
-    found = NONCHARACTER.search(text)
+    found = NONCHARACTER.search(text) if NONCHARACTER_LEAD in encoded else None
     if found:
         raise data_error(
             "bad_content",

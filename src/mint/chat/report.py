@@ -33,6 +33,7 @@ from mint.errors import DataError
 CHUNK_ROWS = 128  # encoded together
 LISTED_ROWS = 100  # row numbers kept per reason
 _NUMBERS_SHOWN = 10  # row numbers printed per reason
+_as_json = json.JSONEncoder(sort_keys=True).encode
 
 
 @dataclass(slots=True)
@@ -227,7 +228,7 @@ class Converter:
 
 def _digest(row: Dialog | PlainText) -> bytes:
     said: Any = row.text if isinstance(row, PlainText) else [[_said(message) for message in row.messages], row.tools]
-    return hashlib.blake2b(json.dumps(said, sort_keys=True).encode(), digest_size=16).digest()
+    return hashlib.blake2b(_as_json(said).encode(), digest_size=16).digest()
 
 
 def _said(message: Message) -> list[Any]:

@@ -76,7 +76,7 @@ class Scribe:
 
     def has_control_text(self, dialog: Dialog) -> bool:
         """Whether a message contains the text of a control token."""
-        search = self.style.encoder.pattern.search
+        search = self.style.encoder.find_control
         prepared = (prepare_message(self.style, message) for message in dialog.messages)
         return any(search(m.content) or (m.reasoning is not None and search(m.reasoning)) for m in prepared)
 
@@ -101,7 +101,7 @@ class Scribe:
             not any(literal in text for literal in self._searched)
             and text not in self._compared
             and text.strip() not in self._compared
-            and not self.style.encoder.pattern.search(text)
+            and not self.style.encoder.find_control(text)
         )
 
     def _examine(self, shape: _Shape, with_prompt: bool) -> _Plan | None:

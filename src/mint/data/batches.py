@@ -158,15 +158,15 @@ class _Ahead(Generic[T]):
     def __init__(
         self, rows: _Ordered, batch_size: int, workers: int, prepare: Callable[[int, Any], list[T]], start: Cursor
     ) -> None:
-        if not (hasattr(prepare, "outcome") and hasattr(prepare, "take")):
+        if not (hasattr(prepare, "outcomes") and hasattr(prepare, "take")):
             raise InputError(
-                f"workers={workers}: prepare must come in two halves, outcome(number, row) and take(outcome), as "
+                f"workers={workers}: prepare must come in two halves, outcomes(rows) and take(outcome), as "
                 "mint.chat.Converter does; use workers=0 with any other function"
             )
         self._rows, self._batch_size = rows, batch_size
         self._preparation = cast("Preparation[Any, T]", prepare)
         # a training step hands nothing out, so what the workers have by then is to last for two batches
-        self._workers = Workers(self._preparation.outcome, workers, chunk_rows=-(-2 * batch_size // workers))
+        self._workers = Workers(self._preparation.outcomes, workers, chunk_rows=-(-2 * batch_size // workers))
         self._next = start if start.position + batch_size <= len(rows) else Cursor(start.epoch + 1, 0)
         self._outcomes = self._workers.outcomes(rows.starting_at(self._next))
 

@@ -1,8 +1,9 @@
 """Rows prepared in processes of their own, while this one trains; the outcomes come back in the order of the rows.
 
 A worker is a fresh interpreter that imports what the preparation needs and never the user's script, so that needs no
-`if __name__ == "__main__"`. Each worker has at most one question open: neither side can wait for the other to read, and
-no thread stands beside the one that trains. A worker ends when its pipe closes, also where this process was killed.
+`if __name__ == "__main__"`. A worker has the next chunk at hand when it has done one, and reads while it writes: neither
+side waits for the other, and no thread stands beside the one that trains. A worker ends when its pipe closes, also where
+this process was killed.
 """
 
 from __future__ import annotations
@@ -13,12 +14,15 @@ import pickle
 import signal
 import subprocess
 import sys
+import threading
 import traceback
 import weakref
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from itertools import islice
 from multiprocessing.connection import Connection, Pipe, wait
+from queue import SimpleQueue
 from typing import Any, Generic, Protocol, TypeVar
 
 from mint.errors import ClosedError, InputError, MintError, OperationError
@@ -27,15 +31,16 @@ T = TypeVar("T")
 O = TypeVar("O")  # noqa: E741  # an outcome
 
 CHUNK_ROWS = 32  # rows that go to a worker in one message where no batch says how many are needed at a time
+CHUNKS_AT_HAND = 2  # of each worker: one that it works on and one to go on with
 _SERVE = "from mint.data.workers import serve; serve()"
 
 
 class Preparation(Protocol[O, T]):
-    """What makes a row ready in two halves, as `mint.chat.Converter`: `outcome` is pure and may run in another process,
-    `take` counts it and gives what the row contributes.
+    """What makes rows ready in two halves, as `mint.chat.Converter`: `outcomes` of (number, row) pairs, in their order, is
+    pure and may run in another process; `take` counts an outcome and gives what its row contributes.
     """
 
-    def outcome(self, number: int, row: Any, /) -> O: ...
+    def outcomes(self, rows: Iterable[tuple[int, Any]], /) -> Iterable[O]: ...
     def take(self, outcome: O, /) -> list[T]: ...
 
 
@@ -53,13 +58,17 @@ def successful(outcome: O | Failure) -> O:
     return outcome
 
 
+Rows = Sequence[tuple[int, Any]]
+Outcomes = Callable[[Rows], Iterable[O]]
+
+
 @dataclass(slots=True)
 class _Worker:
-    """chunk: the number of the chunk it is busy with, None where it waits for one."""
+    """chunks: the numbers of those it has, in the order in which it answers."""
 
     process: subprocess.Popen[bytes]
     pipe: Connection
-    chunk: int | None = None
+    chunks: deque[int] = field(default_factory=deque)
 
     def send(self, message: bytes) -> None:
         with self._naming_its_end():
@@ -86,17 +95,17 @@ class _Worker:
 
 
 class Workers(Generic[O]):
-    """`count` processes that compute `outcome(number, row)`. Close them, or use `with`; they end with this object, too.
+    """`count` processes that compute `outcomes(rows)`. Close them, or use `with`; they end with this object, too.
 
-    outcome: a pure function that can be pickled; it is sent once. chunk_rows: rows of one message. No more than
-    2 * count chunks are prepared or in preparation at a time, so memory does not depend on how many rows there are.
-    Raises InputError for what cannot be pickled, and for a count below one.
+    outcomes: a pure function of (number, row) pairs that can be pickled; it is sent once. chunk_rows: rows of one message.
+    No more than 2 * count chunks are prepared or in preparation at a time, so memory does not depend on how many rows
+    there are. Raises InputError for what cannot be pickled, and for a count below one.
     """
 
-    def __init__(self, outcome: Callable[[int, Any], O], count: int, chunk_rows: int = CHUNK_ROWS) -> None:
+    def __init__(self, outcomes: Outcomes[O], count: int, chunk_rows: int = CHUNK_ROWS) -> None:
         if count < 1 or chunk_rows < 1:
             raise InputError(f"{count} worker processes with {chunk_rows} rows a message: both must be at least 1")
-        setup = _pickled(outcome, f"{type(getattr(outcome, '__self__', outcome)).__name__}")
+        setup = _pickled(outcomes, f"{type(getattr(outcomes, '__self__', outcomes)).__name__}")
         self._chunk_rows = chunk_rows
         self._workers = [_start() for _ in range(count)]
         self._finalizer = weakref.finalize(self, _end, self._workers, os.getpid())
@@ -114,7 +123,7 @@ class Workers(Generic[O]):
         A Failure stands for the outcome of a row whose preparation raised; see `successful`. Raises OperationError where
         a worker died, ClosedError after `close` or an interrupt, InputError for a row that cannot be pickled.
         """
-        while any(worker.chunk is not None for worker in self._workers):
+        while any(worker.chunks for worker in self._workers):
             self._collect(None)
         self._rows, self._finished, self._sent, self._taken = iter(rows), {}, 0, 0
         self._hand_out()
@@ -144,26 +153,26 @@ class Workers(Generic[O]):
             yield from made
 
     def _hand_out(self) -> None:
-        """Gives every waiting worker a chunk, within the limit."""
-        for worker in self._workers:
-            if worker.chunk is None and self._sent - self._taken < 2 * len(self._workers):
-                rows = list(islice(self._rows, self._chunk_rows))
-                if not rows:
-                    return
-                message = _pickled(rows, f"rows {rows[0][0]} to {rows[-1][0]}")
-                with self._closing_if_cut_short():
-                    worker.send(message)
-                    worker.chunk, self._sent = self._sent, self._sent + 1
+        """Gives the workers what they have room for, within the limit."""
+        while self._sent - self._taken < CHUNKS_AT_HAND * len(self._workers):
+            worker = min(self._workers, key=lambda worker: len(worker.chunks))
+            rows = list(islice(self._rows, self._chunk_rows))
+            if not rows:
+                return
+            message = _pickled(rows, f"rows {rows[0][0]} to {rows[-1][0]}")
+            with self._closing_if_cut_short():
+                worker.send(message)
+                worker.chunks.append(self._sent)
+                self._sent += 1
 
     def _collect(self, timeout: float | None) -> None:
         """Takes in finished chunks; waits `timeout` seconds for one, None for ever."""
-        busy = {worker.pipe: worker for worker in self._workers if worker.chunk is not None}
+        busy = {worker.pipe: worker for worker in self._workers if worker.chunks}
         with self._closing_if_cut_short():
             for pipe in wait(list(busy), timeout) if busy else []:
                 worker = busy[pipe]  # type: ignore[index]  # typeshed allows more to be waited for than Connections
-                made, chunk, worker.chunk = worker.receive(), worker.chunk, None
-                assert chunk is not None
-                self._finished[chunk] = made
+                made = worker.receive()
+                self._finished[worker.chunks.popleft()] = made
 
     @contextlib.contextmanager
     def _closing_if_cut_short(self) -> Iterator[None]:
@@ -218,48 +227,62 @@ def _pickled(value: object, name: str) -> bytes:
 def serve() -> None:
     """The whole life of a worker; its end of the pipe is its standard input."""
     pipe = Connection(0)
-    try:
-        outcome = _received(pipe.recv_bytes())
-        while True:
-            rows = pickle.loads(pipe.recv_bytes())
-            pipe.send_bytes(pickle.dumps([_attempt(outcome, number, row) for number, row in rows]))
-    except (EOFError, OSError):  # the parent has closed its end, or is gone
-        return
+    messages: SimpleQueue[bytes | None] = SimpleQueue()
+
+    def read() -> None:
+        try:
+            while True:
+                messages.put(pipe.recv_bytes())
+        except (EOFError, OSError):  # the parent has closed its end, or is gone
+            messages.put(None)
+
+    threading.Thread(target=read, daemon=True).start()
+    with contextlib.suppress(OSError):
+        setup = messages.get()
+        outcomes = _received(setup) if setup is not None else None
+        while outcomes is not None and (message := messages.get()) is not None:
+            pipe.send_bytes(pickle.dumps(_attempt(outcomes, pickle.loads(message))))
 
 
-def _received(setup: bytes) -> Callable[[int, Any], Any]:
+def _received(setup: bytes) -> Outcomes[Any]:
     try:
-        outcome: Callable[[int, Any], Any] = pickle.loads(setup)
+        outcomes: Outcomes[Any] = pickle.loads(setup)
     except Exception as error:
         unusable = InputError(
             f"the preparation of rows could not be set up in a worker process ({type(error).__name__}: {error}); it "
             "must consist of classes that can be imported. Use workers=0, which prepares rows in the process itself"
         )
 
-        def outcome(number: int, row: Any) -> Any:
+        def outcomes(rows: Rows) -> Iterable[Any]:
             raise unusable
 
-    return outcome
+    return outcomes
 
 
-def _attempt(outcome: Callable[[int, Any], O], number: int, row: Any) -> O | Failure:
+def _attempt(outcomes: Outcomes[O], rows: Rows) -> list[O | Failure]:
     try:
-        return outcome(number, row)
+        made: list[O | Failure] = list(outcomes(rows))
     except Exception as error:
-        if isinstance(error, MintError):
-            return Failure(error)
-        told = OperationError(
-            f"row {number}: preparing it failed in a worker process ({type(error).__name__}: {error})"
-        )
-        told.add_note("In the worker process:\n" + "".join(traceback.format_exception(error)))
-        return Failure(told)
+        if len(rows) > 1:  # which of them was it? the others are usable
+            return [outcome for row in rows for outcome in _attempt(outcomes, [row])]
+        return [_failure(rows[0][0], error)]
+    assert len(made) == len(rows)
+    return made
+
+
+def _failure(number: int, error: Exception) -> Failure:
+    if isinstance(error, MintError):
+        return Failure(error)
+    told = OperationError(f"row {number}: preparing it failed in a worker process ({type(error).__name__}: {error})")
+    told.add_note("In the worker process:\n" + "".join(traceback.format_exception(error)))
+    return Failure(told)
 
 
 def stream_outcomes(rows: Iterable[Any], preparation: Preparation[O, T], workers: int = 0) -> Iterator[O]:
     """The outcomes of all rows in their order, for `preparation.take`; computed by `workers` processes, or here (0)."""
     if not workers:
-        yield from (preparation.outcome(number, row) for number, row in enumerate(rows))
+        yield from preparation.outcomes(enumerate(rows))
         return
-    with Workers(preparation.outcome, workers) as pool:
+    with Workers(preparation.outcomes, workers) as pool:
         for outcome in pool.outcomes(enumerate(rows)):
             yield successful(outcome)

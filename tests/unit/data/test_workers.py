@@ -34,7 +34,7 @@ from mint.errors import ClosedError, DataError, InputError, OperationError
 
 @pytest.fixture(scope="module")
 def pool() -> Iterator[Workers[tuple[int, int | None]]]:
-    with Workers(Squares(unusable=3).outcome, 2, chunk_rows=4) as workers:
+    with Workers(Squares(unusable=3).outcomes, 2, chunk_rows=4) as workers:
         yield workers
 
 
@@ -51,7 +51,7 @@ def wait_until_ended(pids: set[int]) -> None:
 @given(num_rows=st.integers(0, 60), stop=st.integers(0, 60))
 @settings(deadline=None, max_examples=40)
 def test_outcomes_come_in_order_and_a_new_stream_replaces_one_that_was_left(pool, num_rows, stop):
-    expected = [Squares(unusable=3).outcome(number, number) for number in range(num_rows)]
+    expected = list(Squares(unusable=3).outcomes((number, number) for number in range(num_rows)))
     outcomes = pool.outcomes((number, number) for number in range(num_rows))
     assert [outcome for _, outcome in zip(range(stop), outcomes, strict=False)] == expected[:stop]
     assert list(pool.outcomes((number, number) for number in range(num_rows))) == expected
@@ -137,7 +137,7 @@ def test_rows_are_prepared_in_other_processes_a_bounded_number_ahead():
             read.append(number)
             yield number, number
 
-    with Workers(Pid().outcome, 2, chunk_rows=5) as workers:
+    with Workers(Pid().outcomes, 2, chunk_rows=5) as workers:
         pids = {pid for pid, _ in zip(workers.outcomes(rows()), range(500), strict=False)}
     assert len(pids) == 2 and os.getpid() not in pids
     assert 500 <= len(read) <= 500 + 5 * 5  # the chunk in hand, and 2 * 2 that are prepared or in preparation
@@ -150,7 +150,7 @@ def test_a_worker_that_renders_has_loaded_neither_torch_nor_datasets():
 
 
 def test_what_a_preparation_raises_comes_in_its_rows_turn():
-    with Workers(Fails().outcome, 1, chunk_rows=8) as workers:
+    with Workers(Fails().outcomes, 1, chunk_rows=8) as workers:
         outcomes = workers.outcomes(enumerate(["a", "data error", "b", "bug", "c"]))
         made = list(outcomes)
     assert [made[0], made[2], made[4]] == ["a", "b", "c"]
@@ -292,7 +292,7 @@ def test_idle_workers_notice_that_their_parent_was_killed(tmp_path):
         from tests.support.preparations import Pid
         from mint.data import Workers
 
-        workers = Workers(Pid().outcome, 2, chunk_rows=1)
+        workers = Workers(Pid().outcomes, 2, chunk_rows=1)
         print(*set(workers.outcomes((n, n) for n in range(50))), flush=True)
         os.kill(os.getpid(), signal.SIGKILL)
     """
@@ -307,9 +307,10 @@ def test_idle_workers_notice_that_their_parent_was_killed(tmp_path):
 
 def test_what_a_worker_prints_does_not_stand_on_standard_output(tmp_path):
     code = """
+        from tests.support.preparations import Prints
         from mint.data import Workers
 
-        list(Workers(print, 1).outcomes([(1, "row")]))
+        list(Workers(Prints().outcomes, 1).outcomes([(1, "row")]))
         print("mine")
     """
     done = subprocess.run(
