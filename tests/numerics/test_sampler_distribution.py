@@ -109,13 +109,17 @@ def _random_logits(rows: int, vocab: int = 50) -> torch.Tensor:
     return 2 * torch.randn(rows, vocab, generator=torch.Generator().manual_seed(0))
 
 
+@pytest.mark.parametrize("vocab", [50, 64, 333, 3000])
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_a_grid_of_uniforms_gives_exact_frequencies(options: dict[str, Any]) -> None:
-    """No chance involved: of n evenly spaced uniforms, a token takes n p of them, give or take one."""
+def test_a_grid_of_uniforms_gives_exact_frequencies(options: dict[str, Any], vocab: int) -> None:
+    """No chance involved: of n evenly spaced uniforms, a token takes n p of them, give or take one. Vocabularies of less
+    than one block of the cumulative sum, one, and several; of 3,000, top-p keeps more than are tried first."""
     n = 4000
-    (logits,) = _random_logits(1)
+    (logits,) = _random_logits(1, vocab)
+    if vocab == 3000:
+        logits = logits / 10
     given = {"temperature": 1.0, "top_k": -1, "top_p": 1.0, **options}
-    tokens = choose(logits.expand(n, -1), [Choice(uniform=(i + 0.5) / n, **given) for i in range(n)])
+    tokens, _ = choose(logits.expand(n, -1), [Choice(uniform=(i + 0.5) / n, **given) for i in range(n)])
     p = distribution(logits.numpy(), **options)
     counts = np.bincount(tokens, minlength=len(p))
     # weights are float32: n times their rounding is far below 1
@@ -132,12 +136,12 @@ def test_rows_of_one_step_keep_their_own_options() -> None:
         Choice(1e-4, -1, 1.0, 0.5),
         Choice(1.0, -1, 1.0, 0.5),
     ]
-    tokens = choose(logits, choices)
+    tokens, _ = choose(logits, choices)
     assert tokens[:4] == logits[:4].argmax(-1).tolist()  # greedy, in four ways
     p = distribution(logits[4].numpy())
     assert tokens[4] == int(np.searchsorted(np.cumsum(p), 0.5, side="right"))
     for i, choice in enumerate(choices):
-        assert choose(logits[i : i + 1], [choice]) == [tokens[i]]
+        assert choose(logits[i : i + 1], [choice])[0] == [tokens[i]]
 
 
 @pytest.mark.parametrize("uniform", [0.0, 1 - 2**-53])
@@ -145,14 +149,14 @@ def test_the_ends_of_the_unit_interval_draw_allowed_tokens(uniform: float) -> No
     """Excluded tokens stand first and last in the vocabulary; neither end of the interval may reach them."""
     logits = torch.full((1, 50), -1.0)
     logits[0, 10:20] = 3.0
-    (token,) = choose(logits, [Choice(1.0, 10, 1.0, uniform)])
+    (token,), _ = choose(logits, [Choice(1.0, 10, 1.0, uniform)])
     assert token == (10 if uniform == 0 else 19)
 
 
 def test_equal_logits_at_the_border_keep_the_smaller_tokens() -> None:
     n = 1000
     logits = torch.zeros(50)
-    tokens = choose(logits.expand(n, -1), [Choice(1.0, 3, 1.0, (i + 0.5) / n) for i in range(n)])
+    tokens, _ = choose(logits.expand(n, -1), [Choice(1.0, 3, 1.0, (i + 0.5) / n) for i in range(n)])
     assert set(tokens) == {0, 1, 2}
-    tokens = choose(logits.expand(n, -1), [Choice(1.0, -1, 0.1, (i + 0.5) / n) for i in range(n)])
+    tokens, _ = choose(logits.expand(n, -1), [Choice(1.0, -1, 0.1, (i + 0.5) / n) for i in range(n)])
     assert set(tokens) == {0, 1, 2, 3, 4}  # 5 of 50 equal shares reach 0.1

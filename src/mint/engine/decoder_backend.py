@@ -195,6 +195,7 @@ class DecoderBackend:
     def step(self) -> list[Generation]:
         return self._sampler.step()
 
+    @torch.inference_mode()
     def cancel(self, request: int) -> None:
         self._sampler.cancel(request)
 

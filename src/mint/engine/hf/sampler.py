@@ -16,7 +16,7 @@ from torch import Tensor
 from mint.engine.backend import GenerateRequest, Generation
 from mint.engine.hf.model import CausalModel
 from mint.engine.lora import AdapterWeights
-from mint.engine.sampling.choose import choose, log_normaliser, top_logprobs
+from mint.engine.sampling.choose import choose, top_logprobs
 from mint.engine.sampling.sequence import GrowingSequence, new_sequence
 
 MAX_SEQUENCES = 64  # growing at once; further requests wait, so that caches stay bounded
@@ -79,7 +79,7 @@ class SequenceSampler:
 
 def _extend(sequence: GrowingSequence[Any], logits_1V: Tensor) -> None:
     """The next token, with its logprob at temperature 1."""
-    (token,) = choose(logits_1V, [sequence.choice()])
-    logprob = float(logits_1V[0, token].double() - log_normaliser(logits_1V)[0])
+    (token,), normaliser_1 = choose(logits_1V, [sequence.choice()])
+    logprob = float(logits_1V[0, token].double() - normaliser_1[0])
     num_topk = sequence.given.num_topk
     sequence.extend(token, logprob, top_logprobs(logits_1V, num_topk)[0] if num_topk else None)

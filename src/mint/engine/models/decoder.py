@@ -110,8 +110,13 @@ class Decoder:
         torch.index_select(self.weights.embed_VD, 0, row.tokens_T, out=slots[0].x_TD)
         final_TD = self._buffer("x.final", num_tokens, self.config.hidden_size)
         for index in range(layers):
-            out = final_TD if index == layers - 1 else slots[(index + 1) % len(slots)].x_TD
-            self._forward_layer(index, slots[index % len(slots)], out, row, rope, attention)
+            last, following = index == layers - 1, slots[(index + 1) % len(slots)]
+            out = final_TD if last else following.x_TD
+            out = self._forward_layer(index, slots[index % len(slots)], out, row, rope, attention)
+            if last:
+                final_TD = out
+            else:
+                following.x_TD = out
             yield
         return final_TD, kept
 
@@ -123,23 +128,27 @@ class Decoder:
         row: PackedRow,
         rope: RopeTable,
         attention: Attention,
-    ) -> None:
+    ) -> Tensor:
+        """The next layer's input, in `out_TD` where the kernel allows."""
         c, w, num_tokens = self.config, self.weights.layers[index], len(out_TD)
         normed_TD = self._buffer("normed", num_tokens, c.hidden_size)
         act.x_rstd = rms_norm(act.x_TD, w.input_norm_D, c.rms_norm_eps, normed_TD)
         raw_TO = act.raw_TO if act.raw_TO is not None else self._buffer("raw", num_tokens, c.qkv_size)
-        w.qkv.forward(normed_TD, raw_TO)
+        raw_TO = w.qkv.forward(normed_TD, raw_TO)
         lora_forward(normed_TD, raw_TO, row.segments, (index, QKV))
+        if act.raw_TO is not None:
+            act.raw_TO = raw_TO
         self._rotate_heads(raw_TO, act, w, rope)
         attention(index, act.qkv_NTE, act.attn_TH)
-        w.o.forward(act.attn_TH, act.mid_TD, act.x_TD)
+        act.mid_TD = w.o.forward(act.attn_TH, act.mid_TD, act.x_TD)
         lora_forward(act.attn_TH, act.mid_TD, row.segments, (index, O))
         act.mid_rstd = rms_norm(act.mid_TD, w.mlp_norm_D, c.rms_norm_eps, normed_TD)
-        w.gate_up.forward(normed_TD, act.gate_up)
+        act.gate_up = w.gate_up.forward(normed_TD, act.gate_up)
         lora_forward(normed_TD, act.gate_up, row.segments, (index, GATE_UP))
         hidden_TF = self._silu_gate("mlp", act.gate_up).mul_(act.gate_up.chunk(2, dim=-1)[1])
-        w.down.forward(hidden_TF, out_TD, act.mid_TD)
+        out_TD = w.down.forward(hidden_TF, out_TD, act.mid_TD)
         lora_forward(hidden_TF, out_TD, row.segments, (index, DOWN))
+        return out_TD
 
     def _silu_gate(self, name: str, gate_up: Tensor) -> Tensor:
         gate = gate_up.chunk(2, dim=-1)[0]

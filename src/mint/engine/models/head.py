@@ -57,7 +57,7 @@ class Head:
     def logits(self, normed_CD: Tensor, lora: SiteWeights | None, u_CR: Tensor | None = None) -> Tensor:
         """[C, V] in the base dtype, in a buffer that the next call reuses."""
         out = self._decoder.ws.get("head.logits", (len(normed_CD), len(self._unembed_VD)), normed_CD.dtype)
-        self._unembed.forward(normed_CD, out)
+        out = self._unembed.forward(normed_CD, out)
         if lora is not None:
             out.addmm_(normed_CD @ lora.a_RI.t() if u_CR is None else u_CR, lora.b_OR.t())
         return out

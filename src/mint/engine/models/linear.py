@@ -8,7 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-PACKED_ROWS = 32  # up to here a weight in the kernel's own layout pays; its bits are those of the plain product
+LAYOUT_ROWS = 32  # the layout that suits a decode step; packing for more rows is slower there and no faster elsewhere
+PACKED_ROWS = 256  # up to here a weight in the kernel's own layout pays; its bits are those of the plain product
 
 
 class Linear:
@@ -25,9 +26,10 @@ class Linear:
         return [t for t in (self.weight_OI, self.bias_O, self._packed_OI) if t is not None]
 
     def forward(self, x_TI: Tensor, out_TO: Tensor, residual_TO: Tensor | None = None) -> Tensor:
-        """Into `out_TO`; the residual is added before rounding where the kernel can."""
+        """The product, in `out_TO` or, where the kernel makes its own tensor, there; so go on with what is returned. The
+        residual is added before rounding where the kernel can."""
         if self._packed_OI is not None and len(x_TI) <= PACKED_ROWS:
-            return out_TO.copy_(self._packed_forward(x_TI, residual_TO))
+            return self._packed_forward(x_TI, residual_TO)
         weight_IO = self.weight_OI.t()
         if residual_TO is not None:
             torch.addmm(residual_TO, x_TI, weight_IO, out=out_TO)
@@ -51,7 +53,7 @@ class Linear:
                 or not torch.ops.mkldnn._is_mkldnn_bf16_supported()
             ):
                 return False
-            self._packed_OI = torch.ops.mkldnn._reorder_linear_weight(self.weight_OI, PACKED_ROWS)
+            self._packed_OI = torch.ops.mkldnn._reorder_linear_weight(self.weight_OI, LAYOUT_ROWS)
             if not self._packed_is_exact():
                 self._packed_OI = None
         return self._packed_OI is not None
@@ -70,7 +72,7 @@ class Linear:
         x = torch.randn(PACKED_ROWS, num_in, generator=generator).to(self.weight_OI.dtype)
         residual = torch.randn(PACKED_ROWS, num_out, generator=generator).to(self.weight_OI.dtype)
         plain = Linear(self.weight_OI, self.bias_O)
-        for rows in (1, 7, PACKED_ROWS):
+        for rows in (1, 2, 7, 32, 96, PACKED_ROWS):
             for added in (None, residual[:rows]):
                 expected = plain.forward(x[:rows], torch.empty_like(residual[:rows]), added)
                 if not torch.equal(self._packed_forward(x[:rows], added), expected):

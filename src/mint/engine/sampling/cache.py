@@ -1,11 +1,10 @@
-"""Keys and values of sequences in flight, and of prompt prefixes that may come again.
+"""Keys and values of prompts that are being prefilled, and of prompt prefixes that may come again.
 
 Shape letters: L layers, K key/value heads, n positions, E head_dim.
 """
 
 from __future__ import annotations
 
-import copy
 from collections import OrderedDict
 
 import torch
@@ -17,7 +16,7 @@ GROWTH = 256
 
 
 class SequenceCache:
-    """One sequence's keys and values, [L, 2, K, capacity, E], grown in steps; `length` positions are filled."""
+    """One prompt's keys and values, [L, 2, K, capacity, E], grown in steps; `length` positions are filled."""
 
     def __init__(self, config: DecoderConfig, capacity: int, dtype: torch.dtype, device: torch.device) -> None:
         self.length = 0
@@ -32,25 +31,11 @@ class SequenceCache:
             fresh[:, :, :, : self.length] = self.kv[:, :, :, : self.length]
             self.kv = fresh
 
-    def fork(self) -> SequenceCache:
-        """An independent copy of the filled positions."""
-        twin = copy.copy(self)
-        twin.kv = self.kv.clone()
-        return twin
-
     def extend(self, kv_L2KnE: Tensor) -> None:
         end = self.length + kv_L2KnE.shape[3]
         self.reserve(end)
         self.kv[:, :, :, self.length : end] = kv_L2KnE
         self.length = end
-
-    def at(self, position: int) -> Tensor:
-        """View [L, 2, K, E] of one position."""
-        return self.kv[:, :, :, position]
-
-    def until(self, end: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of the positions before `end`, views [L, 1, K, end, E]."""
-        return self.kv[:, 0, None, :, :end], self.kv[:, 1, None, :, :end]
 
 
 class PrefixCache:

@@ -16,7 +16,6 @@ from itertools import groupby
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
 from mint.engine.backend import GenerateRequest, Generation
 from mint.engine.lora import UNEMBED_SITE, AdapterWeights, Segment
@@ -25,8 +24,9 @@ from mint.engine.models.decoder import Attention, Decoder, PackedRow
 from mint.engine.models.head import Head
 from mint.engine.models.linear import Linear
 from mint.engine.sampling.cache import PrefixCache, SequenceCache
-from mint.engine.sampling.choose import GREEDY, choose, log_normaliser, top_logprobs
+from mint.engine.sampling.choose import PADDING, choose, top_logprobs
 from mint.engine.sampling.sequence import GrowingSequence, new_sequence
+from mint.engine.sampling.slabs import GrowingCaches, Place, SlabAttention, sequences_are_independent
 from mint.errors import ClosedError
 
 MAX_ROWS = 32
@@ -35,7 +35,7 @@ PREFILL_CHUNK = 256  # of one prompt
 PREFILL_ROWS = 256  # of one pass; rounded up to a multiple of ROW_STEP, so that few shapes occur
 ROW_STEP = 32
 
-_Sequence = GrowingSequence[SequenceCache]
+_Sequence = GrowingSequence[Place]
 
 
 @dataclass(slots=True, repr=False)
@@ -43,7 +43,7 @@ class _Request:
     number: int
     given: GenerateRequest
     weights: AdapterWeights | None  # held here, so that a snapshot may be dropped while it is in use
-    prompt_cache: SequenceCache
+    prompt_cache: SequenceCache  # of no use any more once the sequences have started
     sequences: list[_Sequence] = field(default_factory=list)
     cached_tokens: int = 0
 
@@ -58,12 +58,11 @@ class _Request:
     def growing(self) -> list[_Sequence]:
         return [s for s in self.sequences if s.stop_reason is None]
 
-    def start_sequences(self) -> None:
+    def start_sequences(self, caches: GrowingCaches) -> None:
         """Sequences that share the prefill: each has a copy of its cache and a random stream of its own."""
-        for i in range(self.given.num_samples):
-            last = i == self.given.num_samples - 1
-            cache = self.prompt_cache if last else self.prompt_cache.fork()
-            self.sequences.append(new_sequence(self.given, i, cache))
+        self.sequences = [
+            new_sequence(self.given, i, caches.start(self.prompt_cache)) for i in range(self.given.num_samples)
+        ]
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -104,6 +103,7 @@ class Sampler:
         self._decoder, self._head, self._adapters = decoder, head, adapters
         self._requests: OrderedDict[int, _Request] = OrderedDict()
         self._prefixes = PrefixCache(prefix_bytes)
+        self._caches = GrowingCaches(decoder.config, decoder.dtype, decoder.device)
         self._next = 0
         decoder.weights.pack()
         exact = decoder.dtype == torch.float32  # float32 promises a tolerance, not bits
@@ -111,6 +111,9 @@ class Sampler:
         pairs_agree = exact or rows_are_independent(decoder, range(2, MAX_ROWS + 1, 2))
         self._row_multiple = 1 if exact else 2 if pairs_agree else MAX_ROWS
         self._packs_prompts = exact or rows_are_independent(decoder, range(ROW_STEP, PREFILL_ROWS + 1, ROW_STEP))
+        self._attends_together = exact or sequences_are_independent(
+            decoder.config, range(1, MAX_ROWS + 1), decoder.dtype, decoder.device
+        )
 
     @property
     def num_requests(self) -> int:
@@ -127,7 +130,9 @@ class Sampler:
         return self._next
 
     def cancel(self, number: int) -> None:
-        self._requests.pop(number, None)
+        request = self._requests.pop(number, None)
+        for sequence in request.growing() if request is not None else ():
+            self._caches.remove(sequence.cache)
 
     def forget_adapter(self, handle: int) -> None:
         self._prefixes.forget_adapter(handle)
@@ -146,7 +151,8 @@ class Sampler:
     def _rows(self, pairs: list[tuple[_Request, _Sequence]]) -> list[list[_Row]]:
         """Steps of at most MAX_ROWS rows. Rows of one adapter lie together and are padded by themselves."""
         steps: list[list[_Row]] = [[]]
-        ordered = sorted(pairs, key=lambda pair: pair[0].adapter_order)
+        # of one adapter in the order of their slots: a step that cannot take all then takes neighbours
+        ordered = sorted(pairs, key=lambda p: (p[0].adapter_order, p[1].cache.slab.capacity, p[1].cache.slot))
         for _, group in groupby(ordered, key=lambda pair: pair[0].adapter_order):
             members = [_Row(*pair) for pair in group]
             for first in range(0, len(members), MAX_ROWS):
@@ -240,7 +246,7 @@ class Sampler:
                 kv_L2KnE = cache.kv[:, :, :, chunk.start : chunk.end]
                 self._prefixes.put(request.given.adapter, request.given.prompt[: chunk.end], kv_L2KnE)
             if chunk.end == len(request.given.prompt):
-                request.start_sequences()
+                request.start_sequences(self._caches)
                 last_row[request.number] = start + chunk.length - 1
         started = [(c.request, s) for c in chunks if c.request.number in last_row for s in c.request.sequences]
         for rows in self._rows(started) if started else ():
@@ -249,27 +255,27 @@ class Sampler:
     def _decode(self, rows: list[_Row]) -> None:
         """One token for each: the last token's keys and values enter the cache, the next token is chosen."""
         decoder = self._decoder
-        growing = [(i, row.sequence) for i, row in enumerate(rows) if row.sequence is not None]
-        for _, sequence in growing:
-            sequence.cache.reserve(sequence.cache.length + 1)
-        # views of every layer at once, so that a layer's attention costs few small operations
-        views = [(i, s.cache.at(s.cache.length), *s.cache.until(s.cache.length + 1)) for i, s in growing]
+        growing = [(i, row.sequence.cache) for i, row in enumerate(rows) if row.sequence is not None]
+        for _, place in growing:
+            self._caches.make_room(place)
+        by_slab: dict[int, list[tuple[int, Place]]] = {}
+        for i, place in growing:
+            by_slab.setdefault(place.slab.capacity if self._attends_together else i, []).append((i, place))
+        config = decoder.config
+        heads = config.num_kv_heads, config.num_heads // config.num_kv_heads
+        parts = [SlabAttention(members, *heads) for members in by_slab.values()]
 
         def attention(index: int, qkv_NTE: Tensor, out_TH: Tensor) -> None:
-            q = decoder.split_heads(qkv_NTE)[0].transpose(0, 2)
-            new = decoder.keys_values(qkv_NTE)
-            out = decoder.grouped(out_TH.zero_())
-            for i, place, keys, values in views:
-                place[index].copy_(new[:, :, i])
-                # the group's query heads stand where a kernel expects query positions: no key is repeated per head
-                attended = scaled_dot_product_attention(q[i, None].transpose(1, 2), keys[index], values[index])
-                out[i].copy_(attended[0])
+            q_BKGE = decoder.split_heads(qkv_NTE)[0].permute(2, 0, 1, 3)
+            new, out = decoder.keys_values(qkv_NTE), decoder.grouped(out_TH.zero_())
+            for part in parts:
+                part(index, q_BKGE, new, out)
 
         tokens = [row.sequence.tokens[-1] if row.sequence is not None else 0 for row in rows]
         positions = [row.sequence.cache.length if row.sequence is not None else 0 for row in rows]
         final_BD = self._forward(tokens, positions, _segments(rows), attention)
-        for _, sequence in growing:
-            sequence.cache.length += 1
+        for _, place in growing:
+            place.length += 1
         self._choose(final_BD, rows)
 
     def _choose(self, final_BD: Tensor, rows: list[_Row]) -> None:
@@ -281,20 +287,23 @@ class Sampler:
             if (lora := segment.at(UNEMBED_SITE)) is not None:
                 part = slice(segment.start, segment.end)
                 logits_BV[part].addmm_(normed_BD[part] @ lora.a_RI.t(), lora.b_OR.t())
-        tokens = choose(logits_BV, [row.sequence.choice() if row.sequence is not None else GREEDY for row in rows])
-        logprobs = self._logprobs(normed_BD, logits_BV, tokens, segments)
+        choices = [row.sequence.choice() if row.sequence is not None else PADDING for row in rows]
+        tokens, normaliser_B = choose(logits_BV, choices)
+        logprobs = self._logprobs(normed_BD, logits_BV, (tokens, normaliser_B), segments)
         for i, row in enumerate(rows):
             if row.sequence is not None:
                 num_topk = row.request.given.num_topk
                 topk = top_logprobs(logits_BV[i : i + 1], num_topk)[0] if num_topk else None
                 row.sequence.extend(tokens[i], logprobs[i], topk)
+                if row.sequence.stop_reason is not None:
+                    self._caches.remove(row.sequence.cache)
 
     def _logprobs(
-        self, normed_BD: Tensor, logits_BV: Tensor, tokens: list[int], segments: list[Segment]
+        self, normed_BD: Tensor, logits_BV: Tensor, chosen: tuple[list[int], Tensor], segments: list[Segment]
     ) -> list[float]:
         """As the head scores targets: in bf16 the token's logit is exact and takes the rounded one's place."""
+        tokens, normaliser_B = chosen
         token_B = torch.tensor(tokens, device=logits_BV.device)
-        normaliser_B = log_normaliser(logits_BV)
         rounded_B = logits_BV.gather(1, token_B[:, None])[:, 0].double()
         if logits_BV.dtype == torch.float32:
             result: list[float] = (rounded_B - normaliser_B).tolist()

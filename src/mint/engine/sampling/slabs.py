@@ -1,0 +1,164 @@
+"""Keys and values of growing sequences, side by side: a decode step attends over many of them at once.
+
+A slab holds the sequences that need the same room, in steps of STEP positions. So the shapes of a sequence's attention
+depend on its own length alone, and what is masked is written nowhere but beyond its end. Shape letters: L layers, S slots,
+B sequences of a decode step, b those of them in one slab, K key/value heads, G query heads per key/value head, n positions
+(a slab's capacity), E head_dim.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from mint.engine.models.config import DecoderConfig
+from mint.engine.sampling.cache import SequenceCache
+
+STEP = 128
+
+
+@dataclass(slots=True, repr=False, eq=False)
+class Place:
+    """Where a growing sequence's keys and values are; `length` positions are filled."""
+
+    slab: Slab
+    slot: int
+    length: int
+
+
+@dataclass(slots=True, repr=False, eq=False)
+class Slab:
+    """kv: [L, 2, S, K, n, E], zeros where nothing was written: what is masked must still be a number.
+
+    places: of the first slots, in order.
+    """
+
+    kv: Tensor
+    places: list[Place] = field(default_factory=list)
+
+    @property
+    def capacity(self) -> int:
+        return self.kv.shape[4]
+
+    def resize(self, slots: int) -> None:
+        layers, two, _, *rest = self.kv.shape
+        fresh = self.kv.new_zeros(layers, two, slots, *rest)
+        fresh[:, :, : len(self.places)] = self.kv[:, :, : len(self.places)]
+        self.kv = fresh
+
+
+class GrowingCaches:
+    """The slabs of a sampler. Memory follows the sequences that are growing: at most four times what they fill."""
+
+    def __init__(self, config: DecoderConfig, dtype: torch.dtype, device: torch.device) -> None:
+        self._shape = (config.num_layers, 2, 0, config.num_kv_heads)
+        self._head_dim = config.head_dim
+        self._options: dict[str, torch.dtype | torch.device] = {"dtype": dtype, "device": device}
+        self._slabs: dict[int, Slab] = {}
+
+    def start(self, prompt: SequenceCache) -> Place:
+        """A sequence that goes on after `prompt`, of which it gets a copy."""
+        place = self._enter(prompt.length)
+        place.slab.kv[:, :, place.slot, :, : prompt.length] = prompt.kv[:, :, :, : prompt.length]
+        return place
+
+    def make_room(self, place: Place) -> None:
+        """For one more position; the sequence moves to the next slab where its own is full."""
+        if place.length < place.slab.capacity:
+            return
+        fresh = self._enter(place.length)
+        fresh.slab.kv[:, :, fresh.slot, :, : place.length] = place.slab.kv[:, :, place.slot]
+        self.remove(place)
+        place.slab, place.slot = fresh.slab, fresh.slot
+        place.slab.places[place.slot] = place
+
+    def remove(self, place: Place) -> None:
+        """The last sequence of the slab takes over the slot."""
+        slab, last = place.slab, place.slab.places.pop()
+        if last is not place:
+            slab.kv[:, :, place.slot] = slab.kv[:, :, last.slot]
+            slab.places[place.slot] = last
+            last.slot = place.slot
+        if not slab.places:
+            del self._slabs[slab.capacity]
+        elif 4 * len(slab.places) <= slab.kv.shape[2]:
+            slab.resize(2 * len(slab.places))
+
+    def _enter(self, length: int) -> Place:
+        """A place with room for more than `length` positions."""
+        capacity = (length // STEP + 1) * STEP
+        slab = self._slabs.get(capacity)
+        if slab is None:
+            slab = Slab(torch.zeros(*self._shape, capacity, self._head_dim, **self._options))  # type: ignore[call-overload]
+            self._slabs[capacity] = slab
+        if len(slab.places) == slab.kv.shape[2]:
+            slab.resize(max(1, 2 * len(slab.places)))
+        place = Place(slab, len(slab.places), length)
+        slab.places.append(place)
+        return place
+
+
+class SlabAttention:
+    """One decode step's attention over the sequences of one slab: b rows of the step, their slots, the next position."""
+
+    def __init__(self, members: Sequence[tuple[int, Place]], num_kv: int, group: int) -> None:
+        ordered = sorted(members, key=lambda member: member[1].slot)
+        places = [place for _, place in ordered]
+        self._kv, device = places[0].slab.kv, places[0].slab.kv.device
+        self._rows, self._slots, self._positions = (
+            torch.tensor(numbers, device=device)
+            for numbers in ([row for row, _ in ordered], [p.slot for p in places], [p.length for p in places])
+        )
+        self._are_first = [row for row, _ in ordered] == list(
+            range(len(ordered))
+        )  # of the step's rows: no need to gather
+        first, capacity = places[0].slot, places[0].slab.capacity
+        lie_together = places[-1].slot - first + 1 == len(places)
+        self._chosen: slice | Tensor = slice(first, first + len(places)) if lie_together else self._slots
+        beyond_bn = torch.arange(capacity, device=device) > self._positions[:, None]
+        mask_bn = torch.zeros(beyond_bn.shape, dtype=self._kv.dtype, device=device).masked_fill_(beyond_bn, -math.inf)
+        shape = (len(places), num_kv, group, capacity)
+        self._mask = mask_bn[:, None, None].expand(shape).reshape(-1, group, capacity)
+
+    def __call__(self, layer: int, q_BKGE: Tensor, new_2KBE: Tensor, out_BKGE: Tensor) -> None:
+        """Writes the new keys and values, then the attention of these rows over all there are."""
+        kv, count = self._kv[layer], len(self._rows)
+        new = new_2KBE[:, :, :count] if self._are_first else new_2KBE.index_select(2, self._rows)
+        kv[:, self._slots, :, self._positions] = new.permute(2, 0, 1, 3)
+        keys, values = kv[:, self._chosen].flatten(1, 2)
+        if self._are_first:
+            attend_masked(q_BKGE[:count].flatten(0, 1), keys, values, self._mask, out_BKGE[:count].flatten(0, 1))
+        else:
+            q = q_BKGE.index_select(0, self._rows).flatten(0, 1)
+            out_BKGE[self._rows] = attend_masked(q, keys, values, self._mask).view(-1, *q_BKGE.shape[1:])
+
+
+def attend_masked(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor, out: Tensor | None = None) -> Tensor:
+    """softmax(q k / sqrt(E) + mask) v for each of b K heads, into `out` where there is one.
+
+    q: [b K, G, E], keys and values: [b K, n, E], mask: [b K, G, n].
+    """
+    scores = torch.baddbmm(mask, q, keys.transpose(1, 2), alpha=q.shape[-1] ** -0.5)
+    return torch.bmm(torch.softmax(scores, -1), values, out=out)
+
+
+def sequences_are_independent(
+    config: DecoderConfig, counts: Sequence[int], dtype: torch.dtype, device: torch.device
+) -> bool:
+    """Whether `attend_masked` gives a sequence the same bits beside any of these numbers of others."""
+    generator = torch.Generator().manual_seed(0)
+    num_kv, group, head_dim = config.num_kv_heads, config.num_heads // config.num_kv_heads, config.head_dim
+    most = max(counts)
+    for capacity in (STEP, 4 * STEP):
+        shapes = ((group, head_dim), (capacity, head_dim), (capacity, head_dim))
+        parts = [torch.randn(most * num_kv, *shape, generator=generator).to(device, dtype) for shape in shapes]
+        mask = torch.zeros(most * num_kv, group, capacity, dtype=dtype, device=device)
+        mask[..., capacity - STEP // 2 :] = -math.inf
+        results = [attend_masked(*(t[: n * num_kv] for t in (*parts, mask))) for n in counts]
+        if not all(torch.equal(result, results[-1][: len(result)]) for result in results):
+            return False
+    return True
