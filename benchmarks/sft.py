@@ -1,4 +1,4 @@
-"""SFT tokens/s of MinT against a transformers + PEFT loop: the same rows, steps in turn, one JSON line.
+"""SFT tokens/s and memory of MinT against a transformers + PEFT loop or TRL: the same rows, steps in turn, one JSON line.
 
 The peer pads, so the ratio depends on how unequal the rows of a batch are: `padding` in the output is the peer's share
 of padded positions, and `without_padding` the ratio of positions computed per second.
@@ -11,7 +11,7 @@ import json
 import time
 from pathlib import Path
 
-from peers import BASE_MODEL, LEARNING_RATE, RANK, Peer, machine, ratios
+from peers import BASE_MODEL, LEARNING_RATE, RANK, TRL, Peer, machine, peak_mb, ratios
 
 import mint
 from mint import types
@@ -41,15 +41,20 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=6, help="counted pairs of steps, after one warm-up pair")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--data", help="JSONL with messages instead of the packaged chat set")
+    parser.add_argument("--peer", choices=["peft", "trl"], default="peft")
     args = parser.parse_args()
     client = mint.ServiceClient().create_lora_training_client(BASE_MODEL, rank=RANK, seed=0, train_unembed=False)
     tokenizer, info = client.get_tokenizer(), client.get_info()
     train = load_jsonl(Path(args.data)) if args.data else load_demo()[0]
     rows = [tokenizer.apply_chat_template(row, return_dict=False) for row in train]
-    peer = Peer("peft", str(resolve_model(BASE_MODEL).path), str(info.dtype), int(info.num_threads or 1))
+    batches = [
+        [rows[(step * args.batch + i) % len(rows)] for i in range(args.batch)] for step in range(args.steps + 1)
+    ]
+    peer = Peer(args.peer, str(resolve_model(BASE_MODEL).path), str(info.dtype), int(info.num_threads or 1))
+    if args.peer == "trl":
+        peer.run(batches=batches)
     pairs, tokens, positions, losses = [], 0, 0, []
-    for step in range(args.steps + 1):
-        batch = [rows[(step * args.batch + i) % len(rows)] for i in range(args.batch)]
+    for step, batch in enumerate(batches):
         ours, our_loss = mint_step(client, batch)
         answer = peer.run(rows=batch)
         losses.append((our_loss, answer["loss"]))
@@ -66,14 +71,17 @@ def main() -> None:
     our_speed, peer_speed = (tokens / sum(pair[i] for pair in pairs) for i in (0, 1))
     result = {
         "benchmark": "sft",
-        "peer": "transformers+peft",
+        "peer": TRL if args.peer == "trl" else "transformers+peft",
         **ratios(pairs),
         "mint_tokens_per_s": round(our_speed, 1),
         "peer_tokens_per_s": round(peer_speed, 1),
         "ratio_overall": round(our_speed / peer_speed, 2),
         "padding": round(1 - tokens / positions, 2),
         "without_padding": round(our_speed / (peer_speed * positions / tokens), 2),
-        "data": args.data or "packaged",
+        "mint_peak_mb": peak_mb(),
+        "peer_peak_mb": answer["peak_mb"],
+        "memory_ratio": round(peak_mb() / answer["peak_mb"], 3),
+        "data": Path(args.data).name if args.data else "packaged",
         "batch": args.batch,
         "tokens": tokens,
         "dtype": info.dtype,
