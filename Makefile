@@ -3,11 +3,12 @@ PIP_ARGS ?=
 PYTHON ?= python3
 SFT_ARGS ?=
 TEST_PROCESSES ?= 2
+BENCH_ARGS ?=
 
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: install sft test check docs clean
+.PHONY: install sft test check bench docs clean
 
 install: $(STAMP)
 
@@ -31,6 +32,10 @@ check: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# every benchmark, alone on the machine; peers that MinT does not depend on are installed for it and thrown away
+bench: $(STAMP)
+	PIP_ARGS="$(PIP_ARGS)" $(BIN)/python benchmarks/run.py $(BENCH_ARGS)
 
 # the command reference, from the commands
 docs: $(STAMP)

@@ -47,9 +47,7 @@ def main() -> None:
     tokenizer, info = client.get_tokenizer(), client.get_info()
     train = load_jsonl(Path(args.data)) if args.data else load_demo()[0]
     rows = [tokenizer.apply_chat_template(row, return_dict=False) for row in train]
-    batches = [
-        [rows[(step * args.batch + i) % len(rows)] for i in range(args.batch)] for step in range(args.steps + 1)
-    ]
+    batches = [[rows[(step * args.batch + i) % len(rows)] for i in range(args.batch)] for step in range(args.steps + 1)]
     peer = Peer(args.peer, str(resolve_model(BASE_MODEL).path), str(info.dtype), int(info.num_threads or 1))
     if args.peer == "trl":
         peer.run(batches=batches)

@@ -61,6 +61,7 @@ class DecoderBackend:
             sampling = Decoder(config, weights, Workspace(self._device.torch_device))
             self._adapters: dict[int, AdapterWeights] = {}
             self._sampler = Sampler(sampling, Head(sampling), self._adapters, int(self._memory * PREFIX_CACHE_SHARE))
+        return_freed_memory(self._device.torch_device)  # what reading the files took
         self._next_handle = 0
         self._closed = False
         self._base_bytes = weights.num_bytes()

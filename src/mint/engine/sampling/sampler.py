@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import groupby
 
 import torch
@@ -96,6 +97,31 @@ def _segments(rows: list[_Row]) -> list[Segment]:
     return segments
 
 
+@dataclass(frozen=True, slots=True)
+class _Kernels:
+    """What may be done at once without changing a sequence's bits; float32 promises a tolerance, not bits.
+
+    row_multiple: each adapter's rows of a decode step are filled up to a multiple of it. packs_prompts: prompts share a
+    pass. attends_together: sequences share the products of attention.
+    """
+
+    row_multiple: int
+    packs_prompts: bool
+    attends_together: bool
+
+
+def _examine_kernels(decoder: Decoder) -> _Kernels:
+    if decoder.dtype == torch.float32:
+        return _Kernels(1, packs_prompts=True, attends_together=True)
+    # a single row takes kernels of its own, so the rows of every adapter come in pairs
+    pairs_agree = rows_are_independent(decoder, range(2, MAX_ROWS + 1, 2))
+    return _Kernels(
+        2 if pairs_agree else MAX_ROWS,
+        rows_are_independent(decoder, range(ROW_STEP, PREFILL_ROWS + 1, ROW_STEP)),
+        sequences_are_independent(decoder.config, range(1, MAX_ROWS + 1), decoder.dtype, decoder.device),
+    )
+
+
 class Sampler:
     """Generates on a decoder. `adapters` is shared with the backend, which adds and drops snapshots."""
 
@@ -105,15 +131,12 @@ class Sampler:
         self._prefixes = PrefixCache(prefix_bytes)
         self._caches = GrowingCaches(decoder.config, decoder.dtype, decoder.device)
         self._next = 0
-        decoder.weights.pack()
-        exact = decoder.dtype == torch.float32  # float32 promises a tolerance, not bits
-        # a single row takes kernels of its own, so the rows of every adapter come in pairs
-        pairs_agree = exact or rows_are_independent(decoder, range(2, MAX_ROWS + 1, 2))
-        self._row_multiple = 1 if exact else 2 if pairs_agree else MAX_ROWS
-        self._packs_prompts = exact or rows_are_independent(decoder, range(ROW_STEP, PREFILL_ROWS + 1, ROW_STEP))
-        self._attends_together = exact or sequences_are_independent(
-            decoder.config, range(1, MAX_ROWS + 1), decoder.dtype, decoder.device
-        )
+
+    @cached_property
+    def _kernels(self) -> _Kernels:
+        """Prepared with the first request: whoever only trains needs no second copy of the weights."""
+        self._decoder.weights.pack()
+        return _examine_kernels(self._decoder)
 
     @property
     def num_requests(self) -> int:
@@ -157,7 +180,7 @@ class Sampler:
             members = [_Row(*pair) for pair in group]
             for first in range(0, len(members), MAX_ROWS):
                 rows = members[first : first + MAX_ROWS]
-                rows += [_Row(rows[0].request, None)] * (-len(rows) % self._row_multiple)
+                rows += [_Row(rows[0].request, None)] * (-len(rows) % self._kernels.row_multiple)
                 if len(steps[-1]) + len(rows) > MAX_ROWS:
                     steps.append([])
                 steps[-1] += rows
@@ -174,7 +197,7 @@ class Sampler:
             self._skip_known_prefix(request)
             start = request.prompt_cache.length
             end = min(start + PREFILL_CHUNK, len(request.given.prompt))
-            if chunks and (end - start > room or num_growing > MAX_SEQUENCES or not self._packs_prompts):
+            if chunks and (end - start > room or num_growing > MAX_SEQUENCES or not self._kernels.packs_prompts):
                 break
             if not chunks and num_growing > max(MAX_SEQUENCES, request.given.num_samples):
                 break
@@ -212,7 +235,7 @@ class Sampler:
                 return final_TD
 
     def _prefill(self, chunks: list[_Chunk]) -> None:
-        decoder, step = self._decoder, ROW_STEP if self._packs_prompts else 1
+        decoder, step = self._decoder, ROW_STEP if self._kernels.packs_prompts else 1
         tokens: list[int] = []
         positions: list[int] = []
         segments: list[Segment] = []
@@ -260,7 +283,7 @@ class Sampler:
             self._caches.make_room(place)
         by_slab: dict[int, list[tuple[int, Place]]] = {}
         for i, place in growing:
-            by_slab.setdefault(place.slab.capacity if self._attends_together else i, []).append((i, place))
+            by_slab.setdefault(place.slab.capacity if self._kernels.attends_together else i, []).append((i, place))
         config = decoder.config
         heads = config.num_kv_heads, config.num_heads // config.num_kv_heads
         parts = [SlabAttention(members, *heads) for members in by_slab.values()]
