@@ -79,8 +79,8 @@ def draw(results: dict[str, list[Result]], file: Path) -> None:
     axes.axvline(1, color="#555555", linewidth=1, linestyle="--")
     axes.set_yticks(places, [bar[0] for bar in found])
     axes.set_xlim(0, max(bar[3] for bar in found) * 1.12)
-    axes.set_xlabel("times as fast as the peer (median; lines: smallest to largest ratio)")
-    axes.set_title(f"MinT, SmolLM2-135M, {example['processor']}, {example['cores']} cores, bf16: {example['bf16']}")
+    axes.set_xlabel("times as fast (median; lines: smallest to largest)")
+    figure.suptitle(f"MinT, SmolLM2-135M, {example['processor']}, {example['cores']} cores, bf16: {example['bf16']}")
     axes.spines[["top", "right"]].set_visible(False)
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=110)
@@ -96,7 +96,9 @@ def main() -> None:
     if unknown := set(args.names) - COMMANDS.keys():
         parser.error(f"no benchmark {', '.join(sorted(unknown))}; there are {', '.join(COMMANDS)}")
     here = machine()
-    name = re.sub(r"[^a-z0-9]+", "-", f"{here['processor'] or here['machine']} {here['cores']} cores {here['bf16']}".lower())
+    name = re.sub(
+        r"[^a-z0-9]+", "-", f"{here['processor'] or here['machine']} {here['cores']} cores {here['bf16']}".lower()
+    )
     file = args.results / f"{name.strip('-')}.json"
     results: dict[str, list[Result]] = json.loads(file.read_text()) if file.is_file() else {}
     for chosen in [] if args.chart else args.names or COMMANDS:
