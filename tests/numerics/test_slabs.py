@@ -92,3 +92,14 @@ def test_slots_follow_the_number_of_sequences(config: DecoderConfig) -> None:
         caches.remove(place)
         assert slab.kv.shape[2] < 4 * max(1, len(slab.places)) + 1
     assert torch.equal(slab.kv[:, :, 0, :, :5], prompt.kv[:, :, :, :5])
+
+
+def test_a_sequence_that_overflowed_leaves_nothing_to_the_next(config: DecoderConfig) -> None:
+    caches = GrowingCaches(config, torch.float32, CPU)
+    broken, sound = prompt_of(config, 100), prompt_of(config, 5)
+    broken.kv.fill_(float("nan"))
+    kept = caches.start(sound)  # so that the slab stays
+    caches.remove(caches.start(broken))
+    place = caches.start(sound)
+    assert place.slab is kept.slab
+    assert place.slab.kv[:, :, place.slot].isfinite().all()

@@ -98,6 +98,7 @@ class GrowingCaches:
         if len(slab.places) == slab.kv.shape[2]:
             slab.resize(max(1, 2 * len(slab.places)))
         place = Place(slab, len(slab.places), length)
+        slab.kv[:, :, place.slot] = 0.0  # whoever was there before may have left what is not a number
         slab.places.append(place)
         return place
 
@@ -113,9 +114,8 @@ class SlabAttention:
             torch.tensor(numbers, device=device)
             for numbers in ([row for row, _ in ordered], [p.slot for p in places], [p.length for p in places])
         )
-        self._are_first = [row for row, _ in ordered] == list(
-            range(len(ordered))
-        )  # of the step's rows: no need to gather
+        # of the step's rows: then nothing has to be gathered
+        self._are_first = [row for row, _ in ordered] == list(range(len(ordered)))
         first, capacity = places[0].slot, places[0].slab.capacity
         lie_together = places[-1].slot - first + 1 == len(places)
         self._chosen: slice | Tensor = slice(first, first + len(places)) if lie_together else self._slots
