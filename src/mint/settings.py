@@ -6,7 +6,7 @@ import contextlib
 import os
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from mint.errors import InputError, MintError, StorageError
@@ -24,6 +24,8 @@ class Settings:
     dtype: "bfloat16" or "float32" for the base weights (MINT_DTYPE).
     num_threads: compute threads (MINT_THREADS).
     max_tokens_per_pass: tokens of one training pass (MINT_MAX_TOKENS_PER_PASS).
+    recompute_layers: layers whose activations are computed again in backward instead of kept (MINT_RECOMPUTE_LAYERS).
+    memory_gb: memory to plan with, in GB of 1e9 bytes, instead of the machine's (MINT_MEMORY_GB).
     backend: "decoder" (MinT's own) or "hf" (transformers) for every model (MINT_BACKEND).
     cache_gb: how large the cache of conversions may grow, in GB of 1e9 bytes (MINT_CACHE_GB, default 2).
     base_url: a remote server (MINT_BASE_URL, then TINKER_BASE_URL).
@@ -37,16 +39,15 @@ class Settings:
     max_tokens_per_pass: int | None = None
     backend: str | None = None
     cache_gb: int = 2
+    recompute_layers: int | None = None
+    memory_gb: int | None = None
     base_url: str | None = None
     api_key: str | None = None
 
     def __repr__(self) -> str:
-        key = "set" if self.api_key else "not set"
-        return (
-            f"Settings(home={str(self.home)!r}, device={self.device!r}, dtype={self.dtype!r}, "
-            f"num_threads={self.num_threads}, max_tokens_per_pass={self.max_tokens_per_pass}, "
-            f"backend={self.backend!r}, cache_gb={self.cache_gb}, base_url={self.base_url!r}, api_key {key})"
-        )
+        shown = {f.name: getattr(self, f.name) for f in fields(self)}
+        shown |= {"home": str(self.home), "api_key": "set" if self.api_key else "not set"}
+        return f"Settings({', '.join(f'{name}={value!r}' for name, value in shown.items())})"
 
     @property
     def runs_dir(self) -> Path:
@@ -94,12 +95,13 @@ class Settings:
             ) from error
 
 
-def _positive_int(name: str) -> int | None:
+def _whole(name: str, least: int) -> int | None:
     text = os.environ.get(name)
     if not text:
         return None
-    if not text.isdecimal() or int(text) < 1:
-        raise InputError(f"{name}={text!r} is not a positive whole number; unset it or give one, e.g. {name}=2")
+    if not text.isdecimal() or int(text) < least:
+        allowed = "a positive whole number" if least else "a whole number"
+        raise InputError(f"{name}={text!r} is not {allowed}; unset it or give one, e.g. {name}=2")
     return int(text)
 
 
@@ -119,10 +121,12 @@ def load() -> Settings:
         home=Path(env.get("MINT_HOME") or Path.home() / ".mint").expanduser().resolve(),
         device=env.get("MINT_DEVICE") or None,
         dtype=_one_of("MINT_DTYPE", DTYPES),
-        num_threads=_positive_int("MINT_THREADS"),
-        max_tokens_per_pass=_positive_int("MINT_MAX_TOKENS_PER_PASS"),
+        num_threads=_whole("MINT_THREADS", 1),
+        max_tokens_per_pass=_whole("MINT_MAX_TOKENS_PER_PASS", 1),
         backend=_one_of("MINT_BACKEND", BACKENDS),
-        cache_gb=_positive_int("MINT_CACHE_GB") or 2,
+        cache_gb=_whole("MINT_CACHE_GB", 1) or 2,
+        recompute_layers=_whole("MINT_RECOMPUTE_LAYERS", 0),
+        memory_gb=_whole("MINT_MEMORY_GB", 1),
         base_url=env.get("MINT_BASE_URL") or env.get("TINKER_BASE_URL") or None,
         api_key=env.get("MINT_API_KEY") or env.get("TINKER_API_KEY") or None,
     )

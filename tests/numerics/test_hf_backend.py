@@ -245,7 +245,7 @@ def test_the_plan_extrapolates_what_a_pass_keeps(
     """The longest datum of the plan, run, keeps three quarters of the memory: a pass of 32 and one of 64 told."""
     backend = open_hf(made(kind))
     given = mebibytes * 2**20
-    monkeypatch.setattr("mint.engine.hf.backend.memory_limit", lambda device: given + backend._base_bytes)
+    backend._device = replace(backend._device, memory_bytes=given + backend._base_bytes)
     plan = backend.add_run("run", types.LoraConfig(rank=4), 0).plan
     assert 512 < plan.max_tokens == plan.max_tokens_per_pass < backend.limits.max_context
     needed = GAPS * backend._pass_bytes(backend._runs["run"].weights(), plan.max_tokens)
@@ -264,7 +264,7 @@ def test_too_little_memory_is_refused_with_numbers(
     made: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     backend = open_hf(made("phi3"))
-    monkeypatch.setattr("mint.engine.hf.backend.memory_limit", lambda device: 2**20 + backend._base_bytes)
+    backend._device = replace(backend._device, memory_bytes=2**20 + backend._base_bytes)
     with pytest.raises(InputError, match=r"memory: 0\.0 GiB beside the base model hold a training pass of \d+ tokens"):
         backend.add_run("run", types.LoraConfig(rank=4), 0)
 

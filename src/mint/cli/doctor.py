@@ -52,7 +52,7 @@ def doctor(
 
 
 def machine_facts(settings: Settings) -> tuple[dict[str, Any], str]:
-    from mint.engine.device import choose_device, memory_limit, processor_flags, usable_cores
+    from mint.engine.device import choose_device, processor_flags, usable_cores
 
     device = choose_device(settings)
     fast = sorted(flag for flag in processor_flags() if flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "bf16"))
@@ -63,7 +63,7 @@ def machine_facts(settings: Settings) -> tuple[dict[str, Any], str]:
         "threads": device.num_threads,
         "cores": usable_cores(),
         "processor": ", ".join(fast) or "no flags known",
-        "memory_limit_bytes": memory_limit(device.torch_device),
+        "memory_limit_bytes": device.memory_bytes,
         "memory_available_bytes": psutil.virtual_memory().available,
         "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
     }

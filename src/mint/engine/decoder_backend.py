@@ -23,12 +23,12 @@ from mint.engine.backend import (
     RunPlan,
     RunReport,
 )
-from mint.engine.device import choose_device, keep_freed_memory, memory_limit, return_freed_memory
+from mint.engine.device import choose_device, keep_freed_memory, return_freed_memory
 from mint.engine.lora import AdapterWeights, Segment, adapter_layout, adapter_weights
 from mint.engine.models.decoder import Decoder, PackedRow
 from mint.engine.models.head import Head, Targets, rows_per_chunk
 from mint.engine.models.weights import load_weights, read_config, read_json
-from mint.engine.plan import make_plan
+from mint.engine.plan import PassMemory, Plan, make_plan, pass_budget
 from mint.engine.runs import TrainingRun, custom_in_passes, flat_parameters
 from mint.engine.sampling.choose import top_logprobs
 from mint.engine.sampling.sampler import Sampler
@@ -57,12 +57,15 @@ class DecoderBackend:
         config = read_config(folder)
         with torch.inference_mode():
             weights = load_weights(folder, config, self._device.dtype, self._device.torch_device)
-            self._memory = memory_limit(self._device.torch_device)
-            self._trainer = Trainer(Decoder(config, weights, Workspace(self._device.torch_device)))
+            self._pass_memory = PassMemory(config, self._device.dtype.itemsize)
+            decoder = Decoder(config, weights, Workspace(self._device.torch_device))
+            self._trainer = Trainer(decoder, self._recomputed_layers)
             # a paused training pass keeps its buffers, so the sampler has its own
             sampling = Decoder(config, weights, Workspace(self._device.torch_device))
             self._adapters: dict[int, AdapterWeights] = {}
-            self._sampler = Sampler(sampling, Head(sampling), self._adapters, int(self._memory * PREFIX_CACHE_SHARE))
+            self._sampler = Sampler(
+                sampling, Head(sampling), self._adapters, int(self._device.memory_bytes * PREFIX_CACHE_SHARE)
+            )
         return_freed_memory(self._device.torch_device)  # what reading the files took
         self._next_handle = 0
         self._closed = False
@@ -94,11 +97,29 @@ class DecoderBackend:
     def add_run(self, run_id: str, lora: LoraConfig, seed: int) -> RunReport:
         decoder = self._trainer.decoder
         layout = adapter_layout(decoder.config, lora)
-        element_size = torch.empty(0, dtype=decoder.dtype).element_size()
-        free = self._memory - self._base_bytes
-        plan = make_plan(decoder.config, element_size, free, self._settings.max_tokens_per_pass)
+        plan = make_plan(self._pass_memory, self._free_bytes, self._settings.max_tokens_per_pass)
         self._trainer.runs[run_id] = TrainingRun(layout, seed, plan, decoder.device, decoder.dtype)
+        logger.info("%s: %s", run_id, self._plan_text(plan))
         return self._trainer.runs[run_id].report(self._limits)
+
+    @property
+    def _free_bytes(self) -> int:
+        return self._device.memory_bytes - self._base_bytes
+
+    def _recomputed_layers(self, num_tokens: int) -> int:
+        """As asked for, else the fewest with which the pass stays within its share of the memory."""
+        if self._settings.recompute_layers is not None:
+            return min(self._settings.recompute_layers, self._pass_memory.config.num_layers)
+        return self._pass_memory.recomputed_layers(num_tokens, pass_budget(self._free_bytes))
+
+    def _plan_text(self, plan: Plan) -> str:
+        layers, longest = self._pass_memory.config.num_layers, plan.max_tokens
+        recomputed = {n: self._recomputed_layers(n) for n in (plan.max_tokens_per_pass, longest)}
+        sizes = {n: self._pass_memory.of_pass(n, r) / 2**30 for n, r in recomputed.items()}
+        return "; ".join(
+            f"{what} {n:,} tokens: {sizes[n]:.2f} GiB, {r} of {layers} layers recomputed in backward"
+            for what, (n, r) in zip(("passes of up to", "a datum of up to"), recomputed.items(), strict=False)
+        )
 
     def use_plan(self, run_id: str, plan: RunPlan) -> RunReport:
         run = self._trainer.runs[run_id]

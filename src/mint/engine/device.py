@@ -22,9 +22,12 @@ BF16_FLAGS = frozenset({"amx_bf16", "avx512_bf16", "bf16"})
 
 @dataclass(frozen=True, slots=True)
 class Device:
+    """memory_bytes: what may be planned with, in all."""
+
     torch_device: torch.device
     dtype: torch.dtype
     num_threads: int
+    memory_bytes: int
 
     @property
     def dtype_name(self) -> str:
@@ -65,7 +68,8 @@ def choose_device(settings: Settings) -> Device:
             f"MINT_DEVICE={asked!r}: torch cannot use it ({str(error).splitlines()[0]}); try cpu, cuda or mps"
         ) from None
     dtype = getattr(torch, settings.dtype) if settings.dtype else default_dtype(device, processor_flags())
-    return Device(device, dtype, settings.num_threads or usable_cores())
+    memory = settings.memory_gb * 10**9 if settings.memory_gb is not None else memory_limit(device)
+    return Device(device, dtype, settings.num_threads or usable_cores(), memory)
 
 
 def usable_cores() -> int:

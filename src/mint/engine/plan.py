@@ -1,6 +1,8 @@
-"""How much one pass may hold, and which datums share one: pure functions of lengths, sizes and the machine's memory.
+"""How much one pass may hold, which datums share one, which layers are recomputed: pure functions of lengths, sizes and the
+machine's memory.
 
-The numbers chosen here go into every checkpoint and are reused on resume, because the split of a batch decides its bits.
+The split of a batch decides its bits, so its numbers go into every checkpoint and are reused on resume. Recomputing does
+not change bits and is decided anew for every pass.
 """
 
 from __future__ import annotations
@@ -10,11 +12,11 @@ from dataclasses import dataclass
 
 from mint.engine.models.attention import QUERY_BLOCK
 from mint.engine.models.config import DecoderConfig
-from mint.engine.models.decoder import activation_width
-from mint.engine.models.head import CHUNK_VALUES, SOFTMAX_ROWS, rows_per_chunk
+from mint.engine.models.head import SOFTMAX_ROWS, rows_per_chunk
 from mint.errors import InputError
 
 BEST_TOKENS_PER_PASS = 2048  # larger passes gain no speed on the processors measured, and hold the engine longer
+GOOD_TOKENS_PER_PASS = 1024  # smaller ones lose more than recomputing does
 MIN_TOKENS_PER_PASS = 256
 KERNEL_CACHE_BYTES = 64 * 2**20  # compiled kernels, one for each shape that occurs
 
@@ -27,31 +29,71 @@ class Plan:
     max_tokens: int
 
 
-def bytes_per_token(config: DecoderConfig, element_size: int) -> int:
-    """What grows with a pass: activations per layer, one layer's gradients, float32 residual work, attention scratch."""
-    kept = config.num_layers * activation_width(config) * element_size
-    scratch = (4 * config.intermediate_size + 3 * config.qkv_size + 8 * config.hidden_size) * element_size
-    float32_work = 24 * config.hidden_size + 8 * config.intermediate_size
-    attention = 3 * config.num_heads * QUERY_BLOCK * element_size  # of one block of query rows, per key
-    return kept + scratch + float32_work + attention
+@dataclass(frozen=True, slots=True)
+class PassMemory:
+    """What a training pass of a model takes beside the base weights and the runs' adapters, in bytes."""
+
+    config: DecoderConfig
+    element_size: int
+
+    @property
+    def kept_per_layer(self) -> int:
+        """For each token, what backward needs of a layer that is not recomputed, but its input."""
+        c = self.config
+        raw = c.qkv_size if c.qk_norm else 0
+        return (c.hidden_size + c.qkv_size + raw + c.q_size + 2 * c.intermediate_size) * self.element_size
+
+    @property
+    def per_token(self) -> int:
+        """For each token with every layer recomputed: the layers' inputs, one layer's work, float32 residuals, attention."""
+        c, element = self.config, self.element_size
+        inputs = (c.num_layers + 1) * c.hidden_size * element
+        heads = c.qkv_size + (c.q_size + c.kv_size if c.qk_norm else c.qkv_size)  # raw or normalised, and its gradient
+        work = (5 * c.intermediate_size + c.q_size + c.qkv_size + heads + 5 * c.hidden_size) * element
+        float32_work = 5 * c.hidden_size * 4
+        attention = 3 * c.num_heads * QUERY_BLOCK * element  # of one block of query rows, for each key
+        return inputs + work + float32_work + attention
+
+    @property
+    def fixed(self) -> int:
+        """Whatever the length: the logits of a chunk, its float32 softmax, the layout of the largest matrix, kernels."""
+        c, rows = self.config, rows_per_chunk(self.config.vocab_size)
+        chunk = rows * (c.vocab_size * self.element_size + 3 * c.hidden_size * 4)
+        return chunk + SOFTMAX_ROWS * c.vocab_size * 4 * 3 + KERNEL_CACHE_BYTES
+
+    def of_pass(self, num_tokens: int, recomputed: int) -> int:
+        """Of a pass of so many tokens with the activations of `recomputed` layers computed twice."""
+        # one layer's activations exist at a time where none of the recomputed ones is kept
+        kept = self.config.num_layers - recomputed + (recomputed > 0)
+        return self.fixed + num_tokens * (self.per_token + kept * self.kept_per_layer)
+
+    def most_tokens(self, budget: int, recomputed: int) -> int:
+        """The longest pass that stays within `budget` bytes."""
+        return max((budget - self.fixed) // (self.of_pass(1, recomputed) - self.fixed), 0)
+
+    def recomputed_layers(self, num_tokens: int, budget: int) -> int:
+        """The fewest with which the pass stays within `budget` bytes; all where none would do."""
+        layers = self.config.num_layers
+        return next((n for n in range(layers) if self.of_pass(num_tokens, n) <= budget), layers)
 
 
-def fixed_bytes(config: DecoderConfig, element_size: int) -> int:
-    """What one pass needs whatever its length: the logits of a chunk, its float32 softmax, the unembedding gradient."""
-    chunk = max(CHUNK_VALUES, rows_per_chunk(config.vocab_size) * config.vocab_size) * element_size
-    return chunk + SOFTMAX_ROWS * config.vocab_size * 4 * 3 + KERNEL_CACHE_BYTES
+def pass_budget(free_bytes: int) -> int:
+    """Of the machine's (or cgroup's) memory less the base model, what one pass may take; a quarter is left to the caller."""
+    return free_bytes * 3 // 4
 
 
-def make_plan(config: DecoderConfig, element_size: int, free_bytes: int, asked: int | None = None) -> Plan:
-    """`free_bytes`: the machine's (or cgroup's) memory limit less the base; a quarter is left to the caller.
+def make_plan(memory: PassMemory, free_bytes: int, asked: int | None = None) -> Plan:
+    """`free_bytes`: the machine's (or cgroup's) memory limit less the base. `asked` overrides the tokens per pass.
 
-    `asked` overrides the tokens per pass. Raises InputError where not even a small pass fits.
+    Where memory is short passes are made smaller first, down to GOOD_TOKENS_PER_PASS, then layers are recomputed. Raises
+    InputError where not even a small pass fits.
     """
-    usable = free_bytes * 3 // 4 - fixed_bytes(config, element_size)
-    most = min(usable // bytes_per_token(config, element_size), config.max_context)
-    refuse_small(most, free_bytes, config.max_context)
-    per_pass = asked or BEST_TOKENS_PER_PASS
-    return Plan(min(per_pass, max(usable // bytes_per_token(config, element_size), 1)), most)
+    budget, layers = pass_budget(free_bytes), memory.config.num_layers
+    most = min(memory.most_tokens(budget, layers), memory.config.max_context)
+    refuse_small(most, free_bytes, memory.config.max_context)
+    cheap = memory.most_tokens(budget, recomputed=0)
+    per_pass = asked or min(max(cheap, GOOD_TOKENS_PER_PASS), BEST_TOKENS_PER_PASS)
+    return Plan(min(per_pass, max(memory.most_tokens(budget, layers), 1)), most)
 
 
 def refuse_small(most: int, free_bytes: int, max_context: int) -> None:

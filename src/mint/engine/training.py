@@ -5,7 +5,7 @@ Shape letters: T tokens of a packed row, D hidden, P (row, target) pairs, N toke
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -42,7 +42,7 @@ class _PassState:
     row: PackedRow
     scorings: list[_Scoring]
     final_TD: Tensor
-    kept: list[LayerActivations]
+    kept: list[LayerActivations | Tensor]
     normed_TD: Tensor
     rstd: Tensor
     grad_normed_TD: Tensor | None
@@ -51,8 +51,10 @@ class _PassState:
 class Trainer:
     """Runs on one decoder."""
 
-    def __init__(self, decoder: Decoder) -> None:
+    def __init__(self, decoder: Decoder, recomputed_layers: Callable[[int], int]) -> None:
+        """`recomputed_layers`: of a pass of so many tokens."""
         self.decoder = decoder
+        self._recomputed_layers = recomputed_layers
         self.head = Head(decoder)
         self.runs: dict[str, TrainingRun] = {}
 
@@ -98,7 +100,8 @@ class Trainer:
         row, scorings = self._pack(parts, with_gradient=with_gradient)
         sites = {site for segment in row.segments for site in segment.weights or ()}
         keep = with_gradient and sites != {UNEMBED_SITE}
-        final_TD, kept = yield from self.decoder.forward(row, keep=keep)
+        recompute = self._recomputed_layers(len(row.tokens_T)) if keep else 0
+        final_TD, kept = yield from self.decoder.forward(row, keep=keep, recompute=recompute)
         normed_TD, rstd = self.head.normalise(final_TD)
         grad_normed_TD = torch.zeros_like(normed_TD) if keep else None
         return _PassState(row, scorings, final_TD, kept, normed_TD, rstd, grad_normed_TD)

@@ -17,6 +17,7 @@ class Workspace:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._storage: dict[tuple[str, torch.dtype], Tensor] = {}
+        self._largest = 0  # tokens of a pass
 
     def get(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """An uninitialised contiguous tensor; asking again for the same name hands out the same memory."""
@@ -27,6 +28,16 @@ class Workspace:
             flat = torch.empty(size, dtype=dtype, device=self._device)
             self._storage[name, dtype] = flat
         return flat[:size].view(shape)
+
+    def reserve(self, name: str, size: int, dtype: torch.dtype) -> None:
+        """Room for `size` values under this name. Growing step by step would leave holes of every size behind."""
+        self.get(name, (size,), dtype)
+
+    def begin(self, num_tokens: int) -> None:
+        """Before a pass: one larger than any before starts with nothing, for the same reason."""
+        if num_tokens > self._largest:
+            self.clear()
+            self._largest = num_tokens
 
     def num_bytes(self) -> int:
         return sum(t.numel() * t.element_size() for t in self._storage.values())

@@ -31,7 +31,7 @@ from mint.engine.backend import (
     RunPlan,
     RunReport,
 )
-from mint.engine.device import choose_device, keep_freed_memory, memory_limit, return_freed_memory
+from mint.engine.device import choose_device, keep_freed_memory, return_freed_memory
 from mint.engine.hf.linears import choose_linears
 from mint.engine.hf.model import CausalModel
 from mint.engine.hf.sampler import SequenceSampler
@@ -87,10 +87,12 @@ class HfBackend:
             "%s on %s: %s, %d threads, %.2f GiB of base weights",
             name, self._limits.device, self._limits.dtype, self._limits.num_threads, self._base_bytes / 2**30,
         )  # fmt: skip
-        if settings.max_tokens_per_pass is not None:
-            logger.warning(
-                "MINT_MAX_TOKENS_PER_PASS is not used: through transformers every datum is a pass of its own"
-            )
+        for name in ("max_tokens_per_pass", "recompute_layers"):
+            if getattr(settings, name) is not None:
+                logger.warning(
+                    "MINT_%s is not used: through transformers every datum is a pass of its own, with all activations kept",
+                    name.upper(),
+                )
 
     @property
     def limits(self) -> BackendLimits:
@@ -115,7 +117,7 @@ class HfBackend:
         once, twice = (GAPS * self._pass_bytes(adapter, length) for length in (n, 2 * n))
         b = max(twice - 2 * once, 0) / (2 * n * n)
         a = once / n - b * n
-        free = memory_limit(self._device.torch_device) - self._base_bytes
+        free = self._device.memory_bytes - self._base_bytes
         usable = max(free * 3 // 4, 0)
         most = min(int(2 * usable / (a + math.sqrt(a * a + 4 * b * usable))), self._limits.max_context)
         refuse_small(most, free, self._limits.max_context)

@@ -38,6 +38,12 @@ def _probabilities(ws: Workspace, q_KGE: Tensor, k_KnE: Tensor, rows: int) -> Te
     return torch.softmax(scores, -1, out=probs)
 
 
+def _reserve(ws: Workspace, names: tuple[str, ...], heads: int, num_keys: int, dtype: torch.dtype) -> None:
+    """Scratch for the block that sees most."""
+    for name in names:
+        ws.reserve(name, heads * min(QUERY_BLOCK, num_keys) * num_keys, dtype)
+
+
 def _blocks(first: int, end: int) -> list[tuple[int, int]]:
     """Query rows [first, end) cut at multiples of QUERY_BLOCK counted from row 0."""
     borders = [first, *range((first // QUERY_BLOCK + 1) * QUERY_BLOCK, end, QUERY_BLOCK), end]
@@ -51,6 +57,7 @@ def attend(ws: Workspace, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> None:
     """
     num_kv, group, num_new, head_dim = q.shape
     past = k.shape[1] - num_new
+    _reserve(ws, ("attn.scores", "attn.probs"), num_kv * group, k.shape[1], q.dtype)
     for start, end in _blocks(past, past + num_new):
         rows = end - start
         q_block = q[:, :, start - past : end - past].reshape(num_kv, group * rows, head_dim)
@@ -69,6 +76,7 @@ def attend_backward(
     """
     (q, k, v), (grad_q, grad_k, grad_v) = qkv, grads
     num_kv, group, length, head_dim = q.shape
+    _reserve(ws, ("attn.scores", "attn.probs", "attn.grad_scores"), num_kv * group, length, q.dtype)
     grad_k.zero_()
     grad_v.zero_()
     for start, end in _blocks(0, length):

@@ -1,8 +1,9 @@
 """One dense decoder (Llama, Mistral, Qwen2, Qwen3), forward and hand-written backward through a packed row of tokens.
 
-The base is frozen: no gradient of its weights exists, none is computed below the first adapted layer. Backward keeps
-what `LayerActivations` lists and recomputes norms, SwiGLU and attention probabilities. The trainer and the sampler run
-the same layer; they differ in the `attention` they pass in. Both passes are generators that yield between layers, so
+The base is frozen: no gradient of its weights exists, none is computed below the first adapted layer. Of a layer backward
+needs what `LayerActivations` lists, kept or computed once more from the layer's input, by the same calls and so with the
+same bits; norms, SwiGLU and attention probabilities are always recomputed. The trainer and the sampler run the same layer;
+they differ in the `attention` they pass in. Both passes are generators that yield between layers, so
 that the engine can share time. Shape letters: T tokens of the row, D hidden, F MLP width, O width of q, k, v together,
 H heads x head_dim, N heads (q, then k, then v), E head_dim.
 """
@@ -63,12 +64,6 @@ class LayerActivations:
     qk_rstd: tuple[Tensor, Tensor] | None = None
 
 
-def activation_width(config: DecoderConfig) -> int:
-    """Values kept for backward per token and layer."""
-    raw = config.qkv_size if config.qk_norm else 0
-    return 2 * config.hidden_size + config.qkv_size + raw + config.q_size + 2 * config.intermediate_size
-
-
 class Decoder:
     """A frozen base model in one dtype on one device, with its scratch memory."""
 
@@ -82,11 +77,11 @@ class Decoder:
     def _buffer(self, name: str, *shape: int) -> Tensor:
         return self.ws.get(name, shape, self.dtype)
 
-    def _activations(self, num_tokens: int, slot: str) -> LayerActivations:
+    def _activations(self, num_tokens: int, x_TD: Tensor, slot: str) -> LayerActivations:
         c = self.config
         heads = c.num_heads + 2 * c.num_kv_heads
         return LayerActivations(
-            x_TD=self._buffer(f"x.{slot}", num_tokens, c.hidden_size),
+            x_TD=x_TD,
             qkv_NTE=self._buffer(f"qkv.{slot}", heads, num_tokens, c.head_dim),
             attn_TH=self._buffer(f"attn.{slot}", num_tokens, c.q_size),
             mid_TD=self._buffer(f"mid.{slot}", num_tokens, c.hidden_size),
@@ -95,42 +90,38 @@ class Decoder:
         )
 
     def forward(
-        self, row: PackedRow, attention: Attention | None = None, *, keep: bool
-    ) -> Generator[None, None, tuple[Tensor, list[LayerActivations]]]:
-        """The residual stream after the last layer [T, D] and, with `keep`, every layer's activations.
+        self, row: PackedRow, attention: Attention | None = None, *, keep: bool, recompute: int = 0
+    ) -> Generator[None, None, tuple[Tensor, list[LayerActivations | Tensor]]]:
+        """The residual stream after the last layer [T, D] and, with `keep`, what backward needs of every layer: its
+        activations or, of the first `recompute` layers, its input alone.
 
         `attention` defaults to causal attention within each sequence of the row.
         """
         num_tokens, layers = len(row.tokens_T), self.config.num_layers
+        self.ws.begin(num_tokens)
         rope = rope_table(self.config.rope, row.positions_T, self.dtype)
         attention = attention or self._packed_attention(row)
-        kept = [self._activations(num_tokens, str(i)) for i in range(layers)] if keep else []
-        # without backward two slots take turns: a layer reads one and writes its output to the other
-        slots = kept or [self._activations(num_tokens, "even"), self._activations(num_tokens, "odd")]
-        torch.index_select(self.weights.embed_VD, 0, row.tokens_T, out=slots[0].x_TD)
-        final_TD = self._buffer("x.final", num_tokens, self.config.hidden_size)
+        kept: list[LayerActivations | Tensor] = []
+        x_TD = self._input(num_tokens, 0, keep=keep)
+        torch.index_select(self.weights.embed_VD, 0, row.tokens_T, out=x_TD)
         for index in range(layers):
-            last, following = index == layers - 1, slots[(index + 1) % len(slots)]
-            out = final_TD if last else following.x_TD
-            out = self._forward_layer(index, slots[index % len(slots)], out, row, rope, attention)
-            if last:
-                final_TD = out
-            else:
-                following.x_TD = out
+            act = self._activations(num_tokens, x_TD, str(index) if keep and index >= recompute else "shared")
+            if keep:
+                kept.append(x_TD if index < recompute else act)
+            self._forward_to_mlp(index, act, row, rope, attention)
+            x_TD = self._forward_mlp(index, act, row, self._input(num_tokens, index + 1, keep=keep))
             yield
-        return final_TD, kept
+        return x_TD, kept
 
-    def _forward_layer(
-        self,
-        index: int,
-        act: LayerActivations,
-        out_TD: Tensor,
-        row: PackedRow,
-        rope: RopeTable,
-        attention: Attention,
-    ) -> Tensor:
-        """The next layer's input, in `out_TD` where the kernel allows."""
-        c, w, num_tokens = self.config, self.weights.layers[index], len(out_TD)
+    def _input(self, num_tokens: int, index: int, *, keep: bool) -> Tensor:
+        """Where a layer's input goes. Without backward two take turns: a layer reads one and writes the other."""
+        return self._buffer(f"x.{index if keep else index % 2}", num_tokens, self.config.hidden_size)
+
+    def _forward_to_mlp(
+        self, index: int, act: LayerActivations, row: PackedRow, rope: RopeTable, attention: Attention
+    ) -> None:
+        """Everything of the layer that backward needs, from its input."""
+        c, w, num_tokens = self.config, self.weights.layers[index], len(act.x_TD)
         normed_TD = self._buffer("normed", num_tokens, c.hidden_size)
         act.x_rstd = rms_norm(act.x_TD, w.input_norm_D, c.rms_norm_eps, normed_TD)
         raw_TO = act.raw_TO if act.raw_TO is not None else self._buffer("raw", num_tokens, c.qkv_size)
@@ -145,6 +136,10 @@ class Decoder:
         act.mid_rstd = rms_norm(act.mid_TD, w.mlp_norm_D, c.rms_norm_eps, normed_TD)
         act.gate_up = w.gate_up.forward(normed_TD, act.gate_up)
         lora_forward(normed_TD, act.gate_up, row.segments, (index, GATE_UP))
+
+    def _forward_mlp(self, index: int, act: LayerActivations, row: PackedRow, out_TD: Tensor) -> Tensor:
+        """The next layer's input, in `out_TD` where the kernel allows."""
+        w = self.weights.layers[index]
         hidden_TF = self._silu_gate("mlp", act.gate_up).mul_(act.gate_up.chunk(2, dim=-1)[1])
         out_TD = w.down.forward(hidden_TF, out_TD, act.mid_TD)
         lora_forward(hidden_TF, out_TD, row.segments, (index, DOWN))
@@ -197,15 +192,22 @@ class Decoder:
 
         return attention
 
-    def backward(self, row: PackedRow, grad_TD: Tensor, kept: list[LayerActivations]) -> Generator[None, None, None]:
+    def backward(
+        self, row: PackedRow, grad_TD: Tensor, kept: list[LayerActivations | Tensor]
+    ) -> Generator[None, None, None]:
         """Adapter gradients of every layer. grad_TD: float32 gradient by the last layer's output, overwritten."""
+        attention = self._packed_attention(row)
         rope = rope_table(self.config.rope, row.positions_T, self.dtype)
         for index in range(self.config.num_layers - 1, -1, -1):
-            more = index > 0 or row.adapts(0, QKV, O)
+            more, act = index > 0 or row.adapts(0, QKV, O), kept[index]
+            if isinstance(act, Tensor):
+                act = self._activations(len(grad_TD), act, "shared")
+                self._forward_to_mlp(index, act, row, rope, attention)
+                yield
             if more or row.adapts(0, GATE_UP, DOWN):
-                self._backward_mlp(index, kept[index], grad_TD, row, needs_input_grad=more)
+                self._backward_mlp(index, act, grad_TD, row, needs_input_grad=more)
             if more:
-                self._backward_attention(index, kept[index], grad_TD, row, rope)
+                self._backward_attention(index, act, grad_TD, row, rope)
             yield
 
     def _backward_mlp(
