@@ -40,7 +40,9 @@ from mint.types.results import TopkLogprobs
 
 logger = logging.getLogger("mint")
 
-PREFIX_CACHE_SHARE = 1 / 64  # of the memory limit
+# keys and values, as shares of the memory limit
+PREFIX_CACHE_SHARE = 1 / 64
+SEQUENCES_SHARE = 1 / 8
 
 
 class DecoderBackend:
@@ -60,7 +62,13 @@ class DecoderBackend:
             # a paused training pass keeps its buffers, so the sampler has its own
             sampling = Decoder(config, weights, Workspace(self._device.torch_device))
             self._adapters: dict[int, AdapterWeights] = {}
-            self._sampler = Sampler(sampling, Head(sampling), self._adapters, int(self._memory * PREFIX_CACHE_SHARE))
+            self._sampler = Sampler(
+                sampling,
+                Head(sampling),
+                self._adapters,
+                prefix_bytes=int(self._memory * PREFIX_CACHE_SHARE),
+                sequence_bytes=int(self._memory * SEQUENCES_SHARE),
+            )
         return_freed_memory(self._device.torch_device)  # what reading the files took
         self._next_handle = 0
         self._closed = False
