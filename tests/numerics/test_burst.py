@@ -151,7 +151,12 @@ def test_sequences_pause_where_there_is_no_room_and_lose_nothing(bounded: Callab
     paused = 0
     while backend.num_requests:
         growing = {g.request.number: len(g.sequences[0].tokens) for g in backend._sampler._growing.values()}
+        places = [g.sequences[0].cache for g in backend._sampler._growing.values()]
+        num_full = sum(place.length == place.slab.capacity for place in places)
+        waiting = len(backend._sampler._waiting)
         done = backend.step()
+        if len(backend._sampler._waiting) < waiting:  # nobody begins in room that those who grow need
+            assert used_positions(backend) + num_full * STEP <= 9 * STEP
         found |= {generation.request: generation.sequences for generation in done}
         after = {g.request.number: len(g.sequences[0].tokens) for g in backend._sampler._growing.values()}
         if growing and growing.keys() == after.keys() and growing != after:
@@ -159,6 +164,27 @@ def test_sequences_pause_where_there_is_no_room_and_lose_nothing(bounded: Callab
             paused += sum(after[number] == growing[number] for number in growing)
         assert used_positions(backend) <= (9 + 2) * STEP  # two more for the oldest
     assert paused > 100
+    assert [found[number] for number in numbers] == expected
+
+
+def test_a_prompt_that_has_begun_keeps_the_room_for_its_sequences(bounded: Callable[..., DecoderBackend]) -> None:
+    """Four sequences fill their slabs while a prompt of ten passes begins: three of them pause until its sequence ends."""
+    short = [request(random_prompt(STEP - 1, seed=i), max_new=9, seed=i) for i in range(4)]
+    long = request(random_prompt(20 * STEP - 10), max_new=2)
+    expected = [g.sequences for g in generate(bounded(1000 * STEP, context=4096), *short, long)]
+    backend = bounded((4 + 2 * 20) * STEP, context=4096)
+    numbers = [backend.add_request(given) for given in short]
+    while _num_tokens(backend) != [1, 1, 1, 1]:
+        backend.step()
+    numbers.append(backend.add_request(long))
+    found: dict[int, Any] = {}
+    seen = []
+    while backend.num_requests:
+        found |= {generation.request: generation.sequences for generation in backend.step()}
+        if _begun(backend):
+            seen.append([s.cache.slab.capacity for g in backend._sampler._growing.values() for s in g.sequences])
+    assert seen[0] == [STEP] * 4
+    assert seen[-1] == [2 * STEP, STEP, STEP, STEP]
     assert [found[number] for number in numbers] == expected
 
 

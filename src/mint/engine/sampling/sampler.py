@@ -100,10 +100,10 @@ class Sampler:
     def step(self) -> list[Generation]:
         """Prompts join before the sequences go on, PREFILLS_PER_STEP passes at most."""
         growing = [(g.request, s) for g in self._growing.values() for s in g.unfinished()]
-        going_on = self._with_room(growing)
+        going_on, room = self._with_room(growing)
         chunks: list[Chunk] = []
         if not growing or self._prefills < PREFILLS_PER_STEP:
-            chunks = self._next_chunks(len(growing), join=len(going_on) == len(growing))
+            chunks = self._next_chunks(len(growing), room)
         if chunks:
             self._prefill(chunks)
             self._prefills += bool(growing)
@@ -131,27 +131,27 @@ class Sampler:
         begun = self._cost(self._prefilling.request.given) if self._prefilling is not None else 0
         return self._max_bytes - begun - self._caches.used_bytes()
 
-    def _with_room(self, growing: list[tuple[Request, SlabSequence]]) -> list[tuple[Request, SlabSequence]]:
-        """Those that can take one more token: the oldest request's, and as many others as there is room for."""
+    def _with_room(self, growing: list[tuple[Request, SlabSequence]]) -> tuple[list[tuple[Request, SlabSequence]], int]:
+        """Those that can take one more token, and the bytes that are left: of the oldest request all, of others as many as
+        there is room for."""
         found, room = [], self._room()
         for request, sequence in growing:
             needed = self._caches.missing_bytes(sequence.cache)
-            if needed and request is not growing[0][0] and needed > room:
+            if needed > max(room, 0) and request is not growing[0][0]:
                 room = 0  # nobody younger takes what this one waits for
                 continue
             room -= needed
             found.append((request, sequence))
-        return found
+        return found, room
 
-    def _next_chunks(self, num_growing: int, *, join: bool) -> list[Chunk]:
-        """Prompt chunks of one pass: of the prompt that has begun, and with `join` of the oldest that wait and fit beside."""
+    def _next_chunks(self, num_growing: int, room: int) -> list[Chunk]:
+        """Prompt chunks of one pass: of the prompt that has begun, and of the oldest that wait and fit beside."""
         chunks: list[Chunk] = []
-        room = self._room()
         if self._prefilling is not None:
             given = self._prefilling.request.given
             num_growing += given.num_samples
             chunks.append(_next_chunk(self._prefilling, self._known_chunks(given, self._prefilling.cache.length)))
-        while join and self._waiting:
+        while self._waiting:
             request = next(iter(self._waiting.values()))
             given, cost = request.given, self._cost(request.given)
             if num_growing and (num_growing + given.num_samples > MAX_SEQUENCES or cost > room):
