@@ -137,11 +137,9 @@ class Sampler:
         found, room = [], self._room()
         for request, sequence in growing:
             needed = self._caches.missing_bytes(sequence.cache)
-            if needed > max(room, 0) and request is not growing[0][0]:
-                room = 0  # nobody younger takes what this one waits for
-                continue
-            room -= needed
-            found.append((request, sequence))
+            if needed <= max(room, 0) or request is growing[0][0]:
+                room -= needed
+                found.append((request, sequence))
         return found, room
 
     def _next_chunks(self, num_growing: int, room: int) -> list[Chunk]:
