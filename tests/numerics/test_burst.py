@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import random
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from mint.engine import decoder_backend
 from mint.engine.backend import GenerateRequest, Generation
 from mint.engine.decoder_backend import DecoderBackend
 from mint.engine.device import memory_limit
+from mint.engine.sampling import sampler
 from mint.engine.sampling.cache import position_bytes, prompt_capacity
 from mint.engine.sampling.kernels import PREFILL_CHUNK
 from mint.engine.sampling.sampler import MAX_SEQUENCES, PREFILLS_PER_STEP
@@ -243,6 +245,42 @@ def test_running_sequences_go_on_while_long_prompts_wait(
     assert max(waits) == waits[0] == PREFILLS_PER_STEP
     assert sum(waits) >= 100  # all the prompts, two passes each
     assert done[-1].sequences == alone.sequences
+
+
+@pytest.mark.parametrize("kind", ["decode", "prefill"])
+def test_requests_that_wait_make_no_step_longer(tiny: Callable[..., Path], kind: str) -> None:
+    """Counted in bytecodes of the sampler's own modules, which do not depend on the machine."""
+    assert len({_bytecodes(open_backend(tiny("llama")), num_waiting, kind) for num_waiting in (60, 600)}) == 1
+
+
+def _bytecodes(backend: DecoderBackend, num_waiting: int, kind: str) -> int:
+    """Of two decode steps, or of two prefill passes, beside so many waiting requests."""
+    count = 0
+
+    def trace(frame: Any, event: str, _: object) -> Any:
+        nonlocal count
+        if not frame.f_code.co_filename.startswith(sampling):
+            return None
+        frame.f_trace_opcodes = True
+        count += event == "opcode"
+        return trace
+
+    sampling = str(Path(sampler.__file__).parent)
+    backend.add_request(request(random_prompt(20), num_samples=MAX_SEQUENCES // 2, max_new=50))
+    for i in range(num_waiting):
+        samples = MAX_SEQUENCES if kind == "decode" else 1
+        backend.add_request(request(random_prompt(PREFILL_CHUNK + 100 + i % 7, seed=i), num_samples=samples))
+    backend.step()
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        backend.step()
+        backend.step()
+    finally:
+        sys.settrace(before)
+    assert (backend._sampler._prefills > 0) == (kind == "prefill")
+    assert len(backend._sampler._waiting) == num_waiting - (kind == "prefill")
+    return count
 
 
 def test_a_new_snapshot_is_used_at_once_and_changes_nothing_for_others(tiny: Callable[..., Path]) -> None:
