@@ -103,6 +103,7 @@ class GrowingCaches:
             last.slot = place.slot
         if not slab.places:
             del self._slabs[slab.capacity]
+            slab.resize(0)  # places that are done still point to it
         elif 4 * len(slab.places) <= slab.kv.shape[2]:
             slab.resize(2 * len(slab.places))
 
