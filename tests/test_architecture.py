@@ -57,7 +57,7 @@ MAX_MODULE, MAX_FUNCTION = 400, 60
 HANDED_ON = {
     "data/workers.py::_attempt": "the parent process raises it when the row's turn comes",
     "local/scheduler.py::_sample_unit": "_fail_samples gives it to the future of every request in the batch",
-    "local/scheduler.py::_start_pass": "_fail gives it to the future of the one job that was refused",
+    "local/scheduler.py::_heads": "_fail gives it to the future of the one job that was refused",
     "local/scheduler.py::_train_unit": "_fail gives it to the future of every job of the pass",
 }
 

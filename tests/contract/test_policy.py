@@ -6,16 +6,18 @@ import itertools
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mint.engine.backend import GenerateRequest, Generation, PartResult
-from mint.local.policy import Head, Kind, charge, next_heads, next_kind
-from mint.local.scheduler import CallJob, PassJob, Scheduler
+from mint.engine.backend import PAUSE, GenerateRequest, Generation, MicroBatch, PartResult
+from mint.errors import ClosedError
+from mint.local.jobs import CallJob, PassJob, WorkJob
+from mint.local.policy import Head, Kind, charge, next_heads, next_kind, whose_turn
+from mint.local.scheduler import Scheduler
 from mint.types.requests import prepare_training_input
 from tests.support.clients import GUARD, batch
 
@@ -75,36 +77,48 @@ def test_charging_changes_nothing_that_was_given() -> None:
     assert given_spent == {"train": 1.0, "sample": 2.0}
 
 
-def head(run_id: str, tenant: str, arrived: float, joins: Any = None) -> Head:
-    return Head(run_id, tenant, arrived, joins)
+def head(run_id: str, tenant: str, arrived: float, joins: Any = None, tokens: int = 1, most: int = 10) -> Head:
+    return Head(run_id, tenant, arrived, joins, tokens, most)
 
 
 @pytest.mark.parametrize(
-    ("heads", "spent", "expected"),
+    ("heads", "last_turn", "expected"),
     [
         ([], {}, []),
         ([head("a", "x", 2), head("b", "x", 1)], {}, ["b"]),  # the oldest
-        ([head("a", "x", 1), head("b", "y", 2)], {"x": 5.0, "y": 1.0}, ["b"]),  # the tenant with less time
-        ([head("a", "x", 1), head("b", "new", 2)], {"x": 5.0}, ["b"]),  # who had none yet
+        ([head("a", "x", 1), head("b", "y", 2)], {"x": 5, "y": 1}, ["b"]),  # the tenant who waits longer for a turn
+        ([head("a", "x", 1), head("b", "new", 2)], {"x": 5}, ["b"]),  # who had none yet
         ([head("a", "x", 1, "f"), head("b", "x", 2, "f"), head("c", "x", 3, "g")], {}, ["a", "b"]),  # what can join
         ([head("c", "y", 3, "f"), head("b", "x", 2, "f"), head("a", "x", 1, "f")], {}, ["a", "b", "c"]),  # in order
         ([head("a", "x", 1), head("b", "y", 2)], {}, ["a"]),  # None joins nobody, not even None
-        ([head("a", "x", 1, "f"), head("b", "y", 2, "f")], {"x": 9.0, "y": 1.0}, ["b", "a"]),
+        ([head("a", "x", 1, "f"), head("b", "y", 2, "f")], {"x": 9, "y": 1}, ["b", "a"]),
+        # as far as there is room: b does not fit, c does
+        ([head("a", "x", 1, "f", 6), head("b", "x", 2, "f", 5), head("c", "x", 3, "f", 4)], {}, ["a", "c"]),
+        # nobody is taken into a pass larger than its own plan allows
+        ([head("a", "x", 1, "f", 6), head("b", "y", 2, "f", 2, most=7), head("c", "z", 3, "f", 4)], {}, ["a", "c"]),
+        ([head("a", "x", 1, "f", 3, most=5), head("b", "y", 2, "f", 2), head("c", "z", 3, "f", 1)], {}, ["a", "b"]),
+        ([head("long", "x", 1, "f", 30, most=30), head("b", "y", 2, "f", 1)], {}, ["long"]),
     ],
 )
-def test_which_runs_go_next(heads: list[Head], spent: dict[str, float], expected: list[str]) -> None:
-    assert next_heads(heads, spent) == expected
+def test_which_runs_go_next(heads: list[Head], last_turn: dict[str, int], expected: list[str]) -> None:
+    assert next_heads(heads, last_turn) == expected
 
 
 @QUICK
-@given(COSTS)
-def test_tenants_that_always_wait_get_equal_time_whatever_their_number_of_runs(costs: list[float]) -> None:
-    heads = [head(f"many{i}", "many", i) for i in range(9)] + [head("one", "one", 100)]
-    spent = {"many": 0.0, "one": 0.0}
-    for cost in costs:
-        (run_id,) = next_heads(heads, spent)
-        spent[run_id.rstrip("0123456789")] += cost
-        assert abs(spent["many"] - spent["one"]) <= max(costs)
+@given(st.lists(st.tuples(st.integers(0, 4), st.integers(1, 10)), min_size=1, max_size=25), st.data())
+def test_whoever_waits_is_served_after_at_most_one_pass_for_every_other_tenant(
+    queued: list[tuple[int, int]], data: st.DataObject
+) -> None:
+    """Whatever the tenants have queued and had before, of whatever sizes, joining or not."""
+    last_turn = {f"t{i}": data.draw(st.integers(0, 9)) for i in range(5)}
+    heads = [head(f"r{i}", f"t{tenant}", i, "f", tokens) for i, (tenant, tokens) in enumerate(queued)]
+    wanted = data.draw(st.sampled_from(heads))
+    oldest = min(int(h.arrived) for h in heads if h.tenant == wanted.tenant)
+    turn, passes = 10, 0
+    while f"r{oldest}" not in (chosen := next_heads(heads, last_turn)):  # nothing is taken away: everyone has more
+        turn, passes = turn + 1, passes + 1
+        last_turn |= dict.fromkeys(whose_turn(heads, chosen), turn)
+    assert passes <= len({h.tenant for h in heads} - {wanted.tenant})
 
 
 @dataclass
@@ -132,7 +146,9 @@ class CountingBackend:
         self.clock.now += self.seconds[kind]
         self.log.append(what)
 
-    def check_training_input(self, run_id: str, training_input: Any) -> None: ...
+    def micro_batches(self, run_id: str, training_input: Any) -> list[MicroBatch]:
+        """A datum each, of which ten share a pass."""
+        return [MicroBatch(replace(training_input, data=(datum,)), 1, 10) for datum in training_input.data]
 
     def forward(self, parts: Any) -> Any:
         for _ in range(self.units):
@@ -170,8 +186,10 @@ def scheduler(clock: Clock) -> Iterator[Scheduler]:
     made.close()
 
 
-def submit(scheduler: Scheduler, backend: Any, run_id: str, seq_id: int, mode: Any = "forward") -> Future[Any]:
-    given = prepare_training_input(batch(), "cross_entropy")
+def submit(
+    scheduler: Scheduler, backend: Any, run_id: str, seq_id: int, mode: Any = "forward", num_datums: int = 1
+) -> Future[Any]:
+    given = prepare_training_input(num_datums * batch()[:1], "cross_entropy")
     return scheduler.submit(run_id, seq_id, PassJob(backend, mode, given, lambda result: result, Future()))
 
 
@@ -272,8 +290,91 @@ def test_a_tenant_that_worked_alone_does_not_pay_for_it_when_another_comes(sched
     assert abs(old.log[:20].count("old") - old.log[:20].count("new")) <= 1
 
 
+def test_a_thousand_queued_datums_delay_a_single_one_by_one_pass(scheduler: Scheduler, clock: Clock) -> None:
+    backend = CountingBackend(clock)
+    for run_id in "ab":
+        scheduler.add_queue(run_id, run_id)
+    let_go = hold(scheduler)
+    many = submit(scheduler, backend, "a", 1, num_datums=1000)
+    clock.now += 1
+    one = submit(scheduler, backend, "b", 1)
+    alone = submit(scheduler, backend, "b", 2, "forward_backward")  # which cannot join a forward
+    let_go.set()
+    for future in (many, one, alone):
+        future.result(GUARD)
+    assert backend.log == ["a+b", "a", "b", *["a"] * 998]
+
+
+@pytest.mark.parametrize("num_tenants", [2, 5])
+def test_every_waiting_tenant_has_a_turn_before_anybody_has_a_second(
+    scheduler: Scheduler, clock: Clock, num_tenants: int
+) -> None:
+    """Each on a backend of its own, so that nobody joins anybody."""
+    backends = [CountingBackend(clock) for _ in range(num_tenants)]
+    for i, backend in enumerate(backends):
+        scheduler.add_queue(f"r{i}", f"t{i}")
+        backend.log = backends[0].log
+    let_go = hold(scheduler)
+    futures = [submit(scheduler, b, f"r{i}", 1, num_datums=50 if i == 0 else 3) for i, b in enumerate(backends)]
+    let_go.set()
+    for future in futures:
+        future.result(GUARD)
+    names = [f"r{i}" for i in range(num_tenants)]
+    assert [sorted(backends[0].log[i * num_tenants :][:num_tenants]) for i in range(3)] == [names] * 3
+    assert backends[0].log[3 * num_tenants :] == ["r0"] * 47
+
+
+def test_a_work_of_several_passes_lets_others_in_between(scheduler: Scheduler, clock: Clock) -> None:
+    """Only where it pauses: what a pass keeps must not be overwritten by another."""
+    backend = CountingBackend(clock)
+    for run_id in "ab":
+        scheduler.add_queue(run_id, run_id)
+
+    def work() -> Any:
+        for _ in range(3):
+            backend.spend("train", "begin")
+            yield
+            backend.spend("train", "end")
+            yield PAUSE
+        return "done"
+
+    let_go = hold(scheduler)
+    long = scheduler.submit("a", 1, WorkJob(work, Future()))
+    futures = [submit(scheduler, backend, "b", seq) for seq in (1, 2)]
+    let_go.set()
+    assert long.result(GUARD) == "done"
+    for future in futures:
+        future.result(GUARD)
+    assert backend.log == ["begin", "end", "b", "begin", "end", "b", "begin", "end"]
+
+
+def test_removing_a_run_between_its_micro_batches_ends_its_work(scheduler: Scheduler, clock: Clock) -> None:
+    backend, closed = CountingBackend(clock), threading.Event()
+    for run_id in "ab":
+        scheduler.add_queue(run_id, "x")
+
+    def work() -> Any:
+        try:
+            while True:
+                yield PAUSE
+        finally:
+            closed.set()
+
+    def remove() -> None:
+        for run_id in "ab":
+            scheduler.remove_queue(run_id)
+
+    endless = scheduler.submit("a", 1, WorkJob(work, Future()))
+    many = submit(scheduler, backend, "b", 1, num_datums=10**4)
+    scheduler.post(remove).result(GUARD)
+    for future in (endless, many):
+        with pytest.raises(ClosedError, match="was unloaded before this operation ran"):
+            future.result(GUARD)
+    assert closed.is_set() and len(backend.log) < 10**4
+
+
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-@pytest.mark.parametrize("call", ["add_request", "check_training_input"])
+@pytest.mark.parametrize("call", ["add_request", "micro_batches"])
 def test_an_unexpected_error_of_the_backend_reaches_its_caller_and_the_engine_lives(
     scheduler: Scheduler, clock: Clock, call: str
 ) -> None:

@@ -138,7 +138,7 @@ def test_a_sliding_window_bounds_the_context(tmp_path: Path) -> None:
     fits, too_long = weighted_datums(np.random.default_rng(0), [100, 101])
     forward_backward(backend, "run", [fits])
     with pytest.raises(InputError, match="101 tokens; the context allows 100"):
-        backend.check_training_input("run", part("run", [too_long]).input)
+        backend.micro_batches("run", part("run", [too_long]).input)
 
 
 def test_packaged_model_equals_transformers_on_chat(smollm2: ModelSource, chats: list[list[int]]) -> None:

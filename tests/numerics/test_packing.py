@@ -16,10 +16,10 @@ from tests.support.engine import (
     FP32_LOGPROB,
     add_random_run,
     cross_entropy_loss,
-    drain,
     forward,
     forward_backward,
     gradient,
+    in_passes,
     largest_difference,
     make_datum,
     open_backend,
@@ -60,7 +60,7 @@ def test_any_split_into_micro_batches_gives_the_same(tiny: Callable[..., Path], 
     add_random_run(backend, "run", LORA)
     add_random_run(backend, "other", types.LoraConfig(rank=2), seed=1)
     other = weighted_datums(np.random.default_rng(1), [40, 5])
-    result = drain(backend.forward_backward([part("other", other), part("run", data)]))[1]
+    result = in_passes(backend, "forward_backward", [part("other", other), part("run", data)])[1]
     assert largest_difference(result.logprobs, logprobs) <= FP32_LOGPROB
     assert relative_error(gradient(backend, "run"), torch.stack(gradients).sum(0)) <= FP32_GRADIENT
 

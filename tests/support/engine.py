@@ -25,11 +25,21 @@ import torch
 from torch import Tensor
 
 from mint import types
-from mint.engine.backend import AdapterState, Backend, GenerateRequest, Generation, Part, PartResult, drain
+from mint.engine.backend import (
+    AdapterState,
+    Backend,
+    GenerateRequest,
+    Generation,
+    Part,
+    PartResult,
+    drain,
+    join_results,
+)
 from mint.engine.decoder_backend import DecoderBackend
 from mint.engine.hf.backend import HfBackend
 from mint.engine.lora import named_tensors
 from mint.engine.models.decoder import PackedRow
+from mint.local.policy import Head, next_heads
 from mint.settings import Settings
 from mint.types.requests import prepare_training_input
 from tests.support import tiny_models
@@ -176,8 +186,22 @@ def part(
     return Part(run_id, prepare_training_input(data, loss_fn, config))
 
 
+def in_passes(backend: Backend, mode: str, parts: Sequence[Part]) -> list[PartResult]:
+    """The micro-batches of several runs, sharing passes as the scheduler has them share."""
+    waiting = {part.run_id: backend.micro_batches(part.run_id, part.input) for part in parts}
+    results: dict[str, list[PartResult]] = {part.run_id: [] for part in parts}
+    while any(waiting.values()):
+        firsts = [(run_id, shares[0]) for run_id, shares in waiting.items() if shares]
+        heads = [Head(run_id, "", i, mode, s.num_tokens, s.max_tokens) for i, (run_id, s) in enumerate(firsts)]
+        chosen = next_heads(heads, {})
+        share_parts = [Part(run_id, waiting[run_id].pop(0).input) for run_id in chosen]
+        for run_id, result in zip(chosen, drain(getattr(backend, mode)(share_parts)), strict=True):
+            results[run_id].append(result)
+    return [join_results(results[part.run_id]) for part in parts]
+
+
 def forward(backend: Backend, run_id: str, data: Sequence[types.Datum], loss_fn: str = "cross_entropy") -> PartResult:
-    return _only(drain(backend.forward([part(run_id, data, loss_fn)])))
+    return _only(in_passes(backend, "forward", [part(run_id, data, loss_fn)]))
 
 
 def forward_backward(
@@ -187,7 +211,7 @@ def forward_backward(
     loss_fn: str = "cross_entropy",
     config: Config | None = None,
 ) -> PartResult:
-    return _only(drain(backend.forward_backward([part(run_id, data, loss_fn, config)])))
+    return _only(in_passes(backend, "forward_backward", [part(run_id, data, loss_fn, config)]))
 
 
 def _only(results: list[PartResult]) -> PartResult:

@@ -1,14 +1,15 @@
 """`Backend`: what computes. Tokens in, numbers and tokens out; no torch here, so that any process may import it.
 
 Long operations are generators ("work"): each `next` does a bounded unit, such as one layer of a pass, so that whoever
-drives them can share time; the generator's return value is the result. A Backend is used by one thread.
+drives them can share time; the generator's return value is the result. Within a pass no other may begin; where a work of
+several passes yields PAUSE, one may. A Backend is used by one thread.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +22,8 @@ from mint.types.results import SampledSequence, TopkLogprobs
 T = TypeVar("T")
 FloatArray = npt.NDArray[np.float32]
 Metrics = dict[str, float]
+PAUSE: Literal[True] = True
+PausingWork = Generator[Literal[True] | None, None, T]
 
 # a caller's loss: torch logprobs of every datum, [N] or [N, K], with gradient -> (scalar, metrics)
 CustomLoss = Callable[[Sequence[Any]], tuple[Any, Metrics]]
@@ -81,6 +84,16 @@ class PartResult:
 
 
 @dataclass(frozen=True, slots=True, repr=False)
+class MicroBatch:
+    """The share of one pass: some of an operation's datums, `num_tokens` together. Other runs may join as long as the pass
+    has at most `max_tokens`."""
+
+    input: TrainingInput
+    num_tokens: int
+    max_tokens: int
+
+
+@dataclass(frozen=True, slots=True, repr=False)
 class AdapterState:
     """Everything a run must restore: tensors by PEFT name (float32), Adam moments by the same names, steps taken."""
 
@@ -131,7 +144,7 @@ class PromptScores:
     topk: TopkLogprobs | None
 
 
-def drain(work: Generator[None, None, T]) -> T:
+def drain(work: PausingWork[T]) -> T:
     """Do all of a work at once; its result."""
     while True:
         try:
@@ -139,6 +152,19 @@ def drain(work: Generator[None, None, T]) -> T:
         except StopIteration as end:
             result: T = end.value
             return result
+
+
+def join_results(results: Sequence[PartResult]) -> PartResult:
+    """Of an operation, from those of its micro-batches in order; the first error stands for all."""
+    error = next((result.error for result in results if result.error is not None), None)
+    if error is not None:
+        return PartResult([], {}, error)
+    metrics: Metrics = {}
+    for result in results:
+        for name, value in result.metrics.items():
+            assert name.endswith(":sum"), f"{name} does not add up"
+            metrics[name] = metrics.get(name, 0.0) + value
+    return PartResult([array for result in results for array in result.logprobs], metrics)
 
 
 class Backend(Protocol):
@@ -155,17 +181,23 @@ class Backend(Protocol):
 
     def remove_run(self, run_id: str) -> None: ...
 
-    def check_training_input(self, run_id: str, training_input: TrainingInput) -> None:
-        """Raise InputError on token ids or lengths that the model or the memory cannot take."""
+    def micro_batches(self, run_id: str, training_input: TrainingInput) -> list[MicroBatch]:
+        """The input in order, cut as the run's plan says. It depends on this input alone.
+
+        Raises InputError on token ids or lengths that the model or the memory cannot take.
+        """
 
     def forward(self, parts: Sequence[Part]) -> Generator[None, None, list[PartResult]]:
-        """Logprobs and loss; no gradient is touched."""
+        """One pass: logprobs and loss; no gradient is touched."""
 
     def forward_backward(self, parts: Sequence[Part]) -> Generator[None, None, list[PartResult]]:
         """The same, and each run's gradient added to what it has accumulated."""
 
-    def forward_backward_custom(self, part: Part, loss: CustomLoss) -> Generator[None, None, PartResult]:
-        """As forward_backward with a loss that reads all logprobs at once."""
+    def forward_backward_custom(self, part: Part, loss: CustomLoss) -> PausingWork[PartResult]:
+        """As forward_backward, of as many micro-batches as it takes, with a loss that reads all logprobs at once.
+
+        Raises InputError as `micro_batches` does.
+        """
 
     def discard_gradient(self, run_id: str) -> None: ...
 

@@ -15,8 +15,10 @@ from mint.engine.backend import (
     GenerateRequest,
     Generation,
     Metrics,
+    MicroBatch,
     Part,
     PartResult,
+    PausingWork,
     PromptScores,
     RunPlan,
     RunReport,
@@ -27,7 +29,7 @@ from mint.engine.models.decoder import Decoder, PackedRow
 from mint.engine.models.head import Head, Targets, rows_per_chunk
 from mint.engine.models.weights import load_weights, read_config, read_json
 from mint.engine.plan import make_plan
-from mint.engine.runs import TrainingRun, flat_parameters
+from mint.engine.runs import TrainingRun, custom_in_passes, flat_parameters
 from mint.engine.sampling.choose import top_logprobs
 from mint.engine.sampling.sampler import Sampler
 from mint.engine.training import Trainer
@@ -114,8 +116,9 @@ class DecoderBackend:
     def remove_run(self, run_id: str) -> None:
         del self._trainer.runs[run_id]
 
-    def check_training_input(self, run_id: str, training_input: TrainingInput) -> None:
+    def micro_batches(self, run_id: str, training_input: TrainingInput) -> list[MicroBatch]:
         self._trainer.runs[run_id].check(training_input, self._limits)
+        return self._trainer.micro_batches(run_id, training_input)
 
     @torch.inference_mode()
     def forward(self, parts: Sequence[Part]) -> Generator[None, None, list[PartResult]]:
@@ -126,8 +129,10 @@ class DecoderBackend:
         return (yield from self._trainer.run_pass(parts, backward=True))
 
     @torch.inference_mode()
-    def forward_backward_custom(self, part: Part, loss: CustomLoss) -> Generator[None, None, PartResult]:
-        return (yield from self._trainer.run_custom(part, loss))
+    def forward_backward_custom(self, part: Part, loss: CustomLoss) -> PausingWork[PartResult]:
+        if len(self.micro_batches(part.run_id, part.input)) == 1:
+            return (yield from self._trainer.run_custom(part, loss))
+        return (yield from custom_in_passes(self, part, loss))
 
     @torch.inference_mode()
     def discard_gradient(self, run_id: str) -> None:

@@ -13,15 +13,19 @@ import torch
 from torch import Tensor
 
 from mint.engine.backend import (
+    PAUSE,
     AdapterState,
+    Backend,
     BackendLimits,
     CustomLoss,
     FloatArray,
     Metrics,
     Part,
     PartResult,
+    PausingWork,
     RunPlan,
     RunReport,
+    join_results,
 )
 from mint.engine.lora import (
     AdapterGradient,
@@ -198,6 +202,24 @@ def surrogate(part: Part, loss: CustomLoss, logprobs: list[FloatArray]) -> tuple
     value, gradients, metrics = _custom_gradient(loss, logprobs)
     weights = [-g.reshape(d.targets_NK.shape) for g, d in zip(gradients, part.input.data, strict=True)]
     return as_cross_entropy(part, weights), {**metrics, "loss:sum": value}
+
+
+def custom_in_passes(backend: Backend, part: Part, loss: CustomLoss) -> PausingWork[PartResult]:
+    """The logprobs of every micro-batch, then the caller's loss and its gradient, then every micro-batch with backward."""
+    results = []
+    for share in backend.micro_batches(part.run_id, as_cross_entropy(part).input):
+        results += yield from backend.forward([Part(part.run_id, share.input)])
+        yield PAUSE
+    scored = join_results(results)
+    if scored.error is not None:
+        return scored
+    weighted, metrics = surrogate(part, loss, scored.logprobs)
+    for share in backend.micro_batches(part.run_id, weighted.input):
+        (result,) = yield from backend.forward_backward([Part(part.run_id, share.input)])
+        if result.error is not None:
+            return result
+        yield PAUSE
+    return PartResult(scored.logprobs, metrics)
 
 
 def _custom_gradient(loss: CustomLoss, logprobs: list[FloatArray]) -> tuple[float, list[FloatArray], Metrics]:

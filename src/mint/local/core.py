@@ -19,8 +19,9 @@ from typing import Any, TypeVar
 from mint.engine.backend import Backend, RunReport
 from mint.errors import ClosedError
 from mint.hub import ModelSource, load_tokenizer
+from mint.local.jobs import CallJob
 from mint.local.runs import RunRecord
-from mint.local.scheduler import CallJob, Scheduler
+from mint.local.scheduler import Scheduler
 from mint.settings import Settings
 
 logger = logging.getLogger("mint")

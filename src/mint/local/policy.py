@@ -1,8 +1,8 @@
-"""Who runs next: pure functions of what waits and what time was spent. No threads, no clock."""
+"""Who runs next: pure functions of what waits and what was done before. No threads, no clock."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence, Set
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -11,12 +11,18 @@ Kind = Literal["train", "sample"]
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """The first waiting operation of a run. `joins`: heads of equal value may share one pass; None runs alone."""
+    """The first waiting operation of a run. `joins`: heads of equal value may share one pass; None runs alone.
+
+    num_tokens: of its next micro-batch, which takes part in a pass of at most max_tokens. begun: a part of it is done.
+    """
 
     run_id: str
     tenant: str
     arrived: float
-    joins: Hashable | None
+    joins: Hashable | None = None
+    num_tokens: int = 0
+    max_tokens: int = 0
+    begun: bool = False
 
 
 def next_kind(*, train: bool, sample: bool, spent: Mapping[Kind, float]) -> Kind | None:
@@ -33,19 +39,27 @@ def charge(spent: Mapping[Kind, float], kind: Kind, seconds: float, *, contended
     return {**spent, kind: spent[kind] + seconds}
 
 
-def charge_tenant(spent: Mapping[str, float], tenant: str, seconds: float, waiting: Set[str]) -> dict[str, float]:
-    """The same among tenants: whoever works while nobody else waits pays nothing for it later."""
-    if waiting <= {tenant}:
-        return {}
-    return {**spent, tenant: spent.get(tenant, 0.0) + seconds}
+def next_heads(heads: Sequence[Head], last_turn: Mapping[str, int]) -> list[str]:
+    """Runs whose heads go now: first of the tenant whose last turn is the longest ago, then the oldest; then those that
+    may join its pass, in the same order, as far as it has room.
 
-
-def next_heads(heads: Sequence[Head], spent_by_tenant: Mapping[str, float]) -> list[str]:
-    """Runs whose heads go now: the tenant with the least time first, then the oldest; what can join its pass joins."""
+    So whoever waits is served after at most one pass for every other tenant that waits, however much these have queued.
+    """
     if not heads:
         return []
-    first = min(heads, key=lambda h: (spent_by_tenant.get(h.tenant, 0.0), h.arrived))
-    if first.joins is None:
-        return [first.run_id]
-    others = sorted((h for h in heads if h.joins == first.joins and h is not first), key=lambda h: h.arrived)
-    return [first.run_id, *(h.run_id for h in others)]
+    first, *others = sorted(heads, key=lambda head: (last_turn.get(head.tenant, 0), head.arrived))
+    chosen, num_tokens, most = [first.run_id], first.num_tokens, first.max_tokens
+    for head in others if first.joins is not None else ():
+        if head.joins == first.joins and num_tokens + head.num_tokens <= min(most, head.max_tokens):
+            chosen.append(head.run_id)
+            num_tokens, most = num_tokens + head.num_tokens, min(most, head.max_tokens)
+    return chosen
+
+
+def whose_turn(heads: Sequence[Head], runs: Collection[str]) -> set[str]:
+    """Tenants for whom it counts as a turn that these runs go: those whose oldest head goes. Whoever has merely something
+    smaller taken along keeps his place."""
+    oldest: dict[str, str] = {}
+    for head in sorted(heads, key=lambda head: head.arrived):
+        oldest.setdefault(head.tenant, head.run_id)
+    return {tenant for tenant, run_id in oldest.items() if run_id in runs}

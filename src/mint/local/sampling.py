@@ -13,9 +13,9 @@ from mint.hub import resolve_model
 from mint.local.checkpoints import read_checkpoint
 from mint.local.core import Core, SamplerRecord
 from mint.local.futures import combine, done
+from mint.local.jobs import WorkJob
 from mint.local.runs import RunStore
 from mint.local.saving import add_sampler
-from mint.local.scheduler import WorkJob
 from mint.local.stop import any_of, new_stop_check
 from mint.service import OnToken, SamplingSession
 from mint.types import GetSamplerResponse, ParsedCheckpointTinkerPath, SampleResponse

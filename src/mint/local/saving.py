@@ -10,8 +10,8 @@ from mint.errors import CheckpointError
 from mint.local.checkpoints import Manifest, delete_checkpoint, read_checkpoint, write_checkpoint, write_expiry
 from mint.local.core import Core, LoadedRun, SamplerRecord, Session
 from mint.local.futures import done
+from mint.local.jobs import CallJob
 from mint.local.runs import RunStore
-from mint.local.scheduler import CallJob
 from mint.local.training import TrainingOps
 from mint.service import SaveSpec
 from mint.types import (

@@ -7,63 +7,20 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 import threading
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Any
 
-from mint.engine.backend import Backend, GenerateRequest, Generation, Part, PartResult
+from mint.engine.backend import PAUSE, Backend, GenerateRequest, Generation, Part, join_results
 from mint.errors import ClosedError, OperationError
-from mint.local.policy import Head, Kind, charge, charge_tenant, next_heads, next_kind
-from mint.types.requests import TrainingInput
+from mint.local.jobs import CallJob, Job, PassJob, RunQueue, Work, WorkJob, trained_backend
+from mint.local.policy import Head, Kind, charge, next_heads, next_kind, whose_turn
 
 logger = logging.getLogger("mint")
-
-PassMode = Literal["forward", "forward_backward"]
-Work = Generator[None, None, Any]
-
-
-@dataclass(slots=True, repr=False)
-class PassJob:
-    """A run's share of a pass that others may join. `finish` turns the part's result into the future's."""
-
-    backend: Backend
-    mode: PassMode
-    training_input: TrainingInput
-    finish: Callable[[PartResult], Any]
-    future: Future[Any]
-
-
-@dataclass(slots=True, repr=False)
-class WorkJob:
-    """Something long of one run (or of none): a generator's maker, and the backend whose gradient it adds to."""
-
-    start: Callable[[], Work]
-    future: Future[Any]
-    trains: Backend | None = None
-
-
-@dataclass(slots=True, repr=False)
-class CallJob:
-    """Something short."""
-
-    call: Callable[[], Any]
-    future: Future[Any]
-
-
-Job = PassJob | WorkJob | CallJob
-
-
-@dataclass(slots=True, repr=False)
-class RunQueue:
-    """Jobs of one run by seq_id; the head is the job numbered `next_seq`, and nothing overtakes it."""
-
-    tenant: str
-    jobs: dict[int, tuple[float, Job]] = field(default_factory=dict)
-    next_seq: int = 1
-    failed: str | None = None  # what failed since the last optim_step
 
 
 @dataclass(slots=True, repr=False)
@@ -72,13 +29,6 @@ class _Current:
 
     work: Work
     jobs: list[tuple[str, Job]]
-
-
-def _trained_backend(job: Job) -> Backend | None:
-    """Whose gradient the job adds to."""
-    if isinstance(job, PassJob):
-        return job.backend if job.mode == "forward_backward" else None
-    return job.trains if isinstance(job, WorkJob) else None
 
 
 class Scheduler:
@@ -90,7 +40,8 @@ class Scheduler:
         self._new_samples: list[tuple[Backend, GenerateRequest, Future[Generation]]] = []
         self._current: _Current | None = None
         self._spent: dict[Kind, float] = {"train": 0.0, "sample": 0.0}
-        self._spent_by_tenant: dict[str, float] = {}
+        self._turn = 0
+        self._last_turn: dict[str, int] = {}  # of every tenant that had one
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="mint-engine", daemon=True)
         self._thread.start()
@@ -105,7 +56,10 @@ class Scheduler:
         """Waiting jobs of the run fail with ClosedError."""
         with self._changed:
             queue = self._queues.pop(run_id)
+            if all(other.tenant != queue.tenant for other in self._queues.values()):
+                self._last_turn.pop(queue.tenant, None)
         for _, job in queue.jobs.values():
+            job.abandon()
             job.future.set_exception(ClosedError(f"run {run_id} was unloaded before this operation ran"))
 
     def refuse_engine_thread(self) -> None:
@@ -257,65 +211,67 @@ class Scheduler:
         if self._current is None:
             self._start_next()
             return
-        current, started = self._current, time.monotonic()
+        current = self._current
         try:
-            next(current.work)
+            paused = next(current.work)
         except StopIteration as end:
             self._current = None
             self._finish(current, end.value)
         except BaseException as error:  # handed to everyone whose work it was; a loss function may raise anything
             self._current = None
             self._fail(current.jobs, error)
-        share = (time.monotonic() - started) / len(current.jobs)
-        with self._changed:
-            waiting = {queue.tenant for queue in self._queues.values() if queue.next_seq in queue.jobs}
-            tenants = [self._queues[run_id].tenant for run_id, _ in current.jobs if run_id in self._queues]
-        for tenant in tenants:
-            self._spent_by_tenant = charge_tenant(self._spent_by_tenant, tenant, share, waiting)
+        else:
+            if paused is PAUSE:  # the job keeps the work until its run's next turn
+                self._current = None
 
     def _start_next(self) -> None:
+        """Begin or go on with what goes now. A job's place in its queue is kept until it is done."""
+        heads = self._heads()
         with self._changed:
-            chosen = self._take_jobs()
+            fresh = [head.arrived for head in heads if not head.begun]
+            if self._loose and self._loose[0][0] <= min(fresh, default=math.inf):
+                chosen = [("", self._loose.pop(0)[1])]
+            else:
+                runs = next_heads(heads, self._last_turn)
+                chosen = [(run_id, self._queues[run_id].head()) for run_id in runs]
+                self._turn += 1
+                self._last_turn |= dict.fromkeys(whose_turn(heads, runs), self._turn)
+        if not chosen:
+            return
         first = chosen[0][1]
         if isinstance(first, CallJob):
             self._settle(chosen[0], first.call)
         elif isinstance(first, WorkJob):
-            self._current = _Current(first.start(), chosen)
+            first.work = first.work or first.start()
+            self._current = _Current(first.work, chosen)
         else:
             self._start_pass(chosen)
 
-    def _take_jobs(self) -> list[tuple[str, Job]]:
-        """Jobs that go now, each with its run. Their place in the queue is kept until they are done."""
+    def _heads(self) -> list[Head]:
+        """The first waiting operation of every run, its micro-batches planned. What the model cannot take fails here, alone."""
+        with self._changed:
+            waiting = [(run_id, queue) for run_id, queue in self._queues.items() if queue.next_seq in queue.jobs]
         heads = []
-        for run_id, queue in self._queues.items():
-            if queue.next_seq in queue.jobs:
-                arrived, job = queue.jobs[queue.next_seq]
-                joins = (id(job.backend), job.mode) if isinstance(job, PassJob) else None
-                heads.append(Head(run_id, queue.tenant, arrived, joins))
-        if self._loose and (not heads or self._loose[0][0] <= min(h.arrived for h in heads)):
-            return [("", self._loose.pop(0)[1])]
-        return [
-            (run_id, self._queues[run_id].jobs[self._queues[run_id].next_seq][1])
-            for run_id in next_heads(heads, self._spent_by_tenant)
-        ]
+        for run_id, queue in waiting:
+            arrived, job = queue.jobs[queue.next_seq]
+            head = Head(run_id, queue.tenant, arrived, begun=job.begun)
+            if isinstance(job, PassJob):
+                try:
+                    share = job.next_share(run_id)
+                except Exception as error:  # handed to whoever asked
+                    self._fail([(run_id, job)], error)
+                    continue
+                joins = (id(job.backend), job.mode)
+                head = replace(head, joins=joins, num_tokens=share.num_tokens, max_tokens=share.max_tokens)
+            heads.append(head)
+        return heads
 
     def _start_pass(self, chosen: list[tuple[str, Job]]) -> None:
-        """Whoever's input the model cannot take fails alone; the others share the pass."""
-        good: list[tuple[str, Job]] = []
-        for run_id, job in chosen:
-            assert isinstance(job, PassJob)
-            try:
-                job.backend.check_training_input(run_id, job.training_input)
-            except Exception as error:  # handed to whoever asked
-                self._fail([(run_id, job)], error)
-            else:
-                good.append((run_id, job))
-        if good:
-            first = good[0][1]
-            assert isinstance(first, PassJob)
-            parts = [Part(run_id, job.training_input) for run_id, job in good if isinstance(job, PassJob)]
-            work = first.backend.forward(parts) if first.mode == "forward" else first.backend.forward_backward(parts)
-            self._current = _Current(work, good)
+        first = chosen[0][1]
+        assert isinstance(first, PassJob)
+        parts = [Part(run_id, job.next_share(run_id).input) for run_id, job in chosen if isinstance(job, PassJob)]
+        work = first.backend.forward(parts) if first.mode == "forward" else first.backend.forward_backward(parts)
+        self._current = _Current(work, chosen)
 
     def _finish(self, current: _Current, value: Any) -> None:
         first = current.jobs[0][1]
@@ -326,12 +282,12 @@ class Scheduler:
             assert isinstance(job, PassJob)
             if result.error is not None:
                 self._fail([(run_id, job)], result.error)
-            else:
-                self._settle((run_id, job), functools.partial(job.finish, result))
+            elif job.take(result):
+                self._settle((run_id, job), functools.partial(job.finish, join_results(job.results)))
 
     def _fail(self, jobs: list[tuple[str, Job]], error: BaseException) -> None:
         for run_id, job in jobs:
-            trained = _trained_backend(job)
+            trained = trained_backend(job)
             if trained is not None and (queue := self._queues.get(run_id)) is not None:
                 queue.failed = queue.failed or f"forward_backward (operation {queue.next_seq}) failed: {error}"
                 trained.discard_gradient(run_id)
@@ -359,12 +315,15 @@ class Scheduler:
 
     def _fail_all(self, error: BaseException) -> None:
         with self._changed:
-            waiting = [job.future for _, job in self._loose]
-            waiting += [job.future for queue in self._queues.values() for _, job in queue.jobs.values()]
-            waiting += [future for _, future in self._samples.values()] + [f for _, _, f in self._new_samples]
+            queued = [job for _, job in self._loose]
+            queued += [job for queue in self._queues.values() for _, job in queue.jobs.values()]
             if self._current is not None:
-                waiting += [job.future for _, job in self._current.jobs]
+                queued += [job for _, job in self._current.jobs]
                 self._current.work.close()
+            for job in queued:
+                job.abandon()
+            waiting = [job.future for job in queued]
+            waiting += [future for _, future in self._samples.values()] + [f for _, _, f in self._new_samples]
         for future in dict.fromkeys(waiting):
             if not future.done():
                 future.set_exception(error)

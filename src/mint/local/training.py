@@ -14,8 +14,8 @@ from mint.errors import ClosedError, OperationError, StorageError
 from mint.hub import resolve_model
 from mint.local.core import Core, LoadedRun
 from mint.local.futures import done
+from mint.local.jobs import CallJob, PassJob, PassMode, WorkJob
 from mint.local.runs import RunRecord, RunStore
-from mint.local.scheduler import CallJob, PassJob, PassMode, WorkJob
 from mint.service import LossFromLogprobs, RunSpec
 from mint.types import (
     AdamParams,
@@ -135,7 +135,6 @@ class TrainingOps:
         run = self.loaded(run_id)
 
         def work():  # type: ignore[no-untyped-def]  # a Work; its result type is the future's
-            run.backend.check_training_input(run_id, training_input)
             result = yield from run.backend.forward_backward_custom(Part(run_id, training_input), loss)
             if result.error is not None:
                 raise result.error

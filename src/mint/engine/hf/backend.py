@@ -6,6 +6,7 @@ Shape letters: N tokens of a datum, K targets per token, V vocabulary, C rows of
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 from collections.abc import Callable, Generator, Sequence
@@ -22,8 +23,10 @@ from mint.engine.backend import (
     GenerateRequest,
     Generation,
     Metrics,
+    MicroBatch,
     Part,
     PartResult,
+    PausingWork,
     PromptScores,
     RunPlan,
     RunReport,
@@ -35,7 +38,7 @@ from mint.engine.hf.sampler import SequenceSampler
 from mint.engine.lora import AdapterWeights, SiteWeights, adapter_weights
 from mint.engine.models.head import rows_per_chunk
 from mint.engine.plan import Plan, refuse_small
-from mint.engine.runs import TrainingRun, as_cross_entropy, flat_parameters, part_result, settle_gradient, surrogate
+from mint.engine.runs import TrainingRun, custom_in_passes, flat_parameters, part_result, settle_gradient
 from mint.engine.sampling.choose import top_logprobs
 from mint.errors import ClosedError
 from mint.losses import LOSSES
@@ -130,8 +133,12 @@ class HfBackend:
     def remove_run(self, run_id: str) -> None:
         del self._runs[run_id]
 
-    def check_training_input(self, run_id: str, training_input: TrainingInput) -> None:
+    def micro_batches(self, run_id: str, training_input: TrainingInput) -> list[MicroBatch]:
         self._runs[run_id].check(training_input, self._limits)
+        return [
+            MicroBatch(dataclasses.replace(training_input, data=(datum,)), datum.length, datum.length)
+            for datum in training_input.data
+        ]
 
     def forward(self, parts: Sequence[Part]) -> Generator[None, None, list[PartResult]]:
         results = []
@@ -146,12 +153,8 @@ class HfBackend:
             results.append(settle_gradient(self._runs[part.run_id], part, result))
         return results
 
-    def forward_backward_custom(self, part: Part, loss: CustomLoss) -> Generator[None, None, PartResult]:
-        """All logprobs, then the caller's loss and its gradient, then everything once more with backward."""
-        logprobs = yield from self._score(as_cross_entropy(part), backward=False)
-        weighted, metrics = surrogate(part, loss, logprobs)
-        (result,) = yield from self.forward_backward([weighted])
-        return result if result.error is not None else PartResult(result.logprobs, metrics)
+    def forward_backward_custom(self, part: Part, loss: CustomLoss) -> PausingWork[PartResult]:
+        return (yield from custom_in_passes(self, part, loss))
 
     def _score(self, part: Part, *, backward: bool) -> Generator[None, None, list[FloatArray]]:
         """Every datum's logprobs, in the shape of its targets; yields between datums."""
