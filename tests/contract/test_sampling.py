@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -10,7 +12,7 @@ from hypothesis import strategies as st
 import mint
 from mint import types
 from mint.local.stop import new_stop_check
-from tests.support.clients import CONTEXT, GUARD, VOCAB_SIZE, Embedded, logprobs, prompt, tokens, train
+from tests.support.clients import CONTEXT, GUARD, VOCAB_SIZE, Embedded, embedded, logprobs, prompt, tokens, train
 
 FREE = {"seed": 7, "max_tokens": 24, "stop": []}
 END_OF_TEXT = VOCAB_SIZE - 3  # of the tiny model
@@ -144,6 +146,24 @@ def test_samples_of_the_base_model_are_those_of_an_untrained_run(client: mint.Se
     base = client.create_sampling_client(base_model=tiny_model)
     assert sampled(base, 2, **FREE) == sampled(fresh, 2, **FREE)
     assert base.get_base_model() == tiny_model == fresh.get_base_model()
+
+
+def test_a_thousand_samples_asked_for_at_once_are_all_answered(mint_home: Path, tiny_model: str) -> None:
+    """While the run trains and is sampled anew; in bf16, where company changes no bit."""
+    with embedded(mint_home, dtype="bfloat16") as world:
+        run = world.client().create_lora_training_client(tiny_model, rank=4, seed=0)
+        train(run, 1)
+        sampler = run.save_weights_and_get_sampling_client()
+        params = types.SamplingParams(max_tokens=4, seed=0, stop=[])
+        asked = [(prompt(i, 5 + 7 * i % 60), 1 + i % 2, params) for i in range(1000)]
+        alone = {i: sampler.sample(*asked[i]).result(GUARD).sequences for i in range(0, 1000, 100)}
+        futures = [sampler.sample(*one) for one in asked]
+        train(run, 2)
+        late = run.save_weights_and_get_sampling_client().sample(*asked[0]).result(GUARD).sequences
+        answers = [future.result(GUARD).sequences for future in futures]
+        assert [[len(s.tokens) for s in sequences] for sequences in answers] == [[4] * n for _, n, _ in asked]
+        assert {i: answers[i] for i in alone} == alone
+        assert late != alone[0]
 
 
 PIECES = st.lists(st.sampled_from(["a", "b", "ab", "ba", " ", "é", "\n", "aab"]), max_size=25)

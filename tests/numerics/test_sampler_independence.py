@@ -153,6 +153,15 @@ def test_a_prefix_found_in_the_cache_gives_the_same_bits(tiny: Callable[..., Pat
     _assert_bit_equal(partly.sequences, unseen.sequences)
 
 
+def test_the_last_token_of_a_known_prompt_is_computed_again(tiny: Callable[..., Path]) -> None:
+    """A prompt of whole chunks, all of them known: the last one is needed for its logits."""
+    backend = open_backend(tiny("llama", context=1024), "bfloat16")
+    given = request(random_prompt(512))
+    first, again = generate(backend, given)[0], generate(backend, given)[0]
+    assert (first.cached_tokens, again.cached_tokens) == (0, 256)
+    _assert_bit_equal(again.sequences, first.sequences)
+
+
 def test_prefixes_of_another_adapter_are_not_used(tiny: Callable[..., Path]) -> None:
     """Keys and values depend on the adapter: the same prompt under another one starts anew."""
     backend, adapter = _backend(tiny("llama"), "float32")

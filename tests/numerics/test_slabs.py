@@ -74,12 +74,17 @@ def test_sequences_keep_their_own_whatever_the_others_do(config: DecoderConfig, 
             place, kept = expected[key]
             place.length += 1
             expected[key] = (place, torch.cat([kept, new[:, :, :, row, None]], 3))
+        places = [place for place, _ in expected.values()]
+        assert caches.used_bytes() == sum(place.slab.kv[:, :, place.slot].nbytes for place in places)
+        assert caches.num_bytes() == sum(slab.kv.nbytes for slab in {id(p.slab): p.slab for p in places}.values())
+        assert caches.used_bytes() <= caches.num_bytes() <= 4 * caches.used_bytes()
         for place, kept in expected.values():
             assert place.slab.places[place.slot] is place
             assert torch.equal(place.slab.kv[:, :, place.slot, :, : place.length], kept)
     for place, _ in expected.values():
         caches.remove(place)
-    assert not caches._slabs  # memory went with them
+    assert caches.num_bytes() == caches.used_bytes() == 0
+    assert not any(place.slab.kv.nbytes for place, _ in expected.values())  # memory went with them
 
 
 def test_slots_follow_the_number_of_sequences(config: DecoderConfig) -> None:

@@ -225,7 +225,7 @@ class Backend(Protocol):
         """Put a request into the running batch; returns its number."""
 
     def step(self) -> list[Generation]:
-        """One prefill chunk, or one token for every sequence in flight; returns the requests that ended."""
+        """One prefill pass, or one token for every sequence that has started; returns the requests that ended."""
 
     def cancel(self, request: int) -> None: ...
 

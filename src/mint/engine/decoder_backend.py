@@ -42,7 +42,9 @@ from mint.types.results import TopkLogprobs
 
 logger = logging.getLogger("mint")
 
-PREFIX_CACHE_SHARE = 1 / 64  # of the memory limit
+# keys and values, as shares of the memory limit
+PREFIX_CACHE_SHARE = 1 / 64
+SEQUENCES_SHARE = 1 / 8
 
 
 class DecoderBackend:
@@ -64,7 +66,11 @@ class DecoderBackend:
             sampling = Decoder(config, weights, Workspace(self._device.torch_device))
             self._adapters: dict[int, AdapterWeights] = {}
             self._sampler = Sampler(
-                sampling, Head(sampling), self._adapters, int(self._device.memory_bytes * PREFIX_CACHE_SHARE)
+                sampling,
+                Head(sampling),
+                self._adapters,
+                prefix_bytes=int(self._device.memory_bytes * PREFIX_CACHE_SHARE),
+                sequence_bytes=int(self._device.memory_bytes * SEQUENCES_SHARE),
             )
         return_freed_memory(self._device.torch_device)  # what reading the files took
         self._next_handle = 0

@@ -12,30 +12,35 @@ from torch import Tensor
 
 from mint.engine.models.config import DecoderConfig
 
-GROWTH = 256
+GRANULE = 256
+
+
+def position_bytes(config: DecoderConfig, dtype: torch.dtype) -> int:
+    """Of one position's keys and values in all layers."""
+    return config.num_layers * 2 * config.kv_size * dtype.itemsize
+
+
+def prompt_capacity(length: int) -> int:
+    """Positions in the cache of a prompt of `length` tokens."""
+    return -(-length // GRANULE) * GRANULE
 
 
 class SequenceCache:
-    """One prompt's keys and values, [L, 2, K, capacity, E], grown in steps; `length` positions are filled."""
+    """One prompt's keys and values, [L, 2, K, capacity, E]; `length` positions are filled."""
 
-    def __init__(self, config: DecoderConfig, capacity: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, config: DecoderConfig, length: int, dtype: torch.dtype, device: torch.device) -> None:
+        """For a prompt of `length` tokens."""
         self.length = 0
-        self.kv = torch.empty(config.num_layers, 2, config.num_kv_heads, 0, config.head_dim, dtype=dtype, device=device)
-        self.reserve(capacity)
-
-    def reserve(self, capacity: int) -> None:
-        layers, two, heads, held, head_dim = self.kv.shape
-        if capacity > held:
-            capacity = -(-capacity // GROWTH) * GROWTH
-            fresh = self.kv.new_empty(layers, two, heads, capacity, head_dim)
-            fresh[:, :, :, : self.length] = self.kv[:, :, :, : self.length]
-            self.kv = fresh
+        shape = config.num_layers, 2, config.num_kv_heads, prompt_capacity(length), config.head_dim
+        self.kv = torch.empty(shape, dtype=dtype, device=device)
 
     def extend(self, kv_L2KnE: Tensor) -> None:
         end = self.length + kv_L2KnE.shape[3]
-        self.reserve(end)
         self.kv[:, :, :, self.length : end] = kv_L2KnE
         self.length = end
+
+    def num_bytes(self) -> int:
+        return self.kv.nbytes
 
 
 class PrefixCache:
@@ -49,6 +54,9 @@ class PrefixCache:
         self._bytes = 0
         self._chunks: OrderedDict[tuple[int | None, tuple[int, ...]], Tensor] = OrderedDict()
 
+    def num_bytes(self) -> int:
+        return self._bytes
+
     def get(self, adapter: int | None, prefix: tuple[int, ...]) -> Tensor | None:
         found = self._chunks.get((adapter, prefix))
         if found is not None:
@@ -56,7 +64,7 @@ class PrefixCache:
         return found
 
     def put(self, adapter: int | None, prefix: tuple[int, ...], kv_L2KnE: Tensor) -> None:
-        size = kv_L2KnE.numel() * kv_L2KnE.element_size()
+        size = kv_L2KnE.nbytes
         if size > self._max_bytes or (adapter, prefix) in self._chunks:
             return
         self._chunks[adapter, prefix] = kv_L2KnE.clone()
@@ -69,5 +77,4 @@ class PrefixCache:
             self._forget(key)
 
     def _forget(self, key: tuple[int | None, tuple[int, ...]]) -> None:
-        kv_L2KnE = self._chunks.pop(key)
-        self._bytes -= kv_L2KnE.numel() * kv_L2KnE.element_size()
+        self._bytes -= self._chunks.pop(key).nbytes

@@ -1,4 +1,9 @@
-"""Continuous batching: requests join and leave a running batch; each step prefills one chunk or decodes one token each.
+"""Continuous batching: requests join and leave a running batch; each step is a prefill pass or a token for each sequence.
+
+A request waits (its tokens are all it holds), its prompt is prefilled, its sequences grow; the oldest that waits joins
+where there is room, in sequences and in bytes. A sequence that needs more keys and values than there is room for pauses,
+but for those of the oldest request, which always go on: so everything ends, and of what is held at most the oldest
+request's part goes beyond the bound.
 
 What a sequence's numbers depend on is fixed: prompts are prefilled in chunks with borders counted from their start, and a
 decode step runs at most MAX_ROWS sequences through the linears at a time. Rows of several sequences share a product only
@@ -9,9 +14,6 @@ Shape letters: B sequences of a decode step, T rows, D hidden, V vocabulary, K, 
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Sequence
-from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import groupby
 
@@ -23,203 +25,172 @@ from mint.engine.lora import UNEMBED_SITE, AdapterWeights, Segment
 from mint.engine.models.attention import attend
 from mint.engine.models.decoder import Attention, Decoder, PackedRow
 from mint.engine.models.head import Head
-from mint.engine.models.linear import Linear
-from mint.engine.sampling.cache import PrefixCache, SequenceCache
+from mint.engine.sampling.cache import PrefixCache, SequenceCache, position_bytes, prompt_capacity
 from mint.engine.sampling.choose import PADDING, choose, top_logprobs
-from mint.engine.sampling.sequence import GrowingSequence, new_sequence
-from mint.engine.sampling.slabs import GrowingCaches, Place, SlabAttention, sequences_are_independent
+from mint.engine.sampling.kernels import MAX_ROWS, PREFILL_CHUNK, ROW_STEP, Kernels, examine_kernels
+from mint.engine.sampling.request import Chunk, Growing, Prefill, Request, Row, SlabSequence, row_segments
+from mint.engine.sampling.sequence import new_sequence
+from mint.engine.sampling.slabs import GrowingCaches, Place, SlabAttention, slab_capacity
 from mint.errors import ClosedError
 
-MAX_ROWS = 32
-MAX_SEQUENCES = 64  # growing at once; further requests wait, so that caches stay bounded
-PREFILL_CHUNK = 256  # of one prompt
-PREFILL_ROWS = 256  # of one pass; rounded up to a multiple of ROW_STEP, so that few shapes occur
-ROW_STEP = 32
-
-_Sequence = GrowingSequence[Place]
-
-
-@dataclass(slots=True, repr=False)
-class _Request:
-    number: int
-    given: GenerateRequest
-    weights: AdapterWeights | None  # held here, so that a snapshot may be dropped while it is in use
-    prompt_cache: SequenceCache  # of no use any more once the sequences have started
-    sequences: list[_Sequence] = field(default_factory=list)
-    cached_tokens: int = 0
-
-    @property
-    def prefilled(self) -> bool:
-        return bool(self.sequences)  # they start when the prompt's last chunk is done
-
-    @property
-    def adapter_order(self) -> int:
-        return -1 if self.given.adapter is None else self.given.adapter
-
-    def growing(self) -> list[_Sequence]:
-        return [s for s in self.sequences if s.stop_reason is None]
-
-    def start_sequences(self, caches: GrowingCaches) -> None:
-        """Sequences that share the prefill: each has a copy of its cache and a random stream of its own."""
-        self.sequences = [
-            new_sequence(self.given, i, caches.start(self.prompt_cache)) for i in range(self.given.num_samples)
-        ]
-
-
-@dataclass(frozen=True, slots=True, repr=False)
-class _Row:
-    """A row of a decode step; without a sequence it is padding of its request's adapter."""
-
-    request: _Request
-    sequence: _Sequence | None
-
-
-@dataclass(frozen=True, slots=True, repr=False)
-class _Chunk:
-    """Prompt positions [start, end) of a request."""
-
-    request: _Request
-    start: int
-    end: int
-
-    @property
-    def length(self) -> int:
-        return self.end - self.start
-
-
-def _segments(rows: list[_Row]) -> list[Segment]:
-    """One segment per run of equal adapters."""
-    segments, start = [], 0
-    for _, group in groupby(rows, key=lambda row: row.request.adapter_order):
-        members = list(group)
-        segments.append(Segment(start, start + len(members), members[0].request.weights))
-        start += len(members)
-    return segments
-
-
-@dataclass(frozen=True, slots=True)
-class _Kernels:
-    """What may be done at once without changing a sequence's bits; float32 promises a tolerance, not bits.
-
-    row_multiple: each adapter's rows of a decode step are filled up to a multiple of it. packs_prompts: prompts share a
-    pass. attends_together: sequences share the products of attention.
-    """
-
-    row_multiple: int
-    packs_prompts: bool
-    attends_together: bool
-
-
-def _examine_kernels(decoder: Decoder) -> _Kernels:
-    if decoder.dtype == torch.float32:
-        return _Kernels(1, packs_prompts=True, attends_together=True)
-    # a single row takes kernels of its own, so the rows of every adapter come in pairs
-    pairs_agree = rows_are_independent(decoder, range(2, MAX_ROWS + 1, 2))
-    return _Kernels(
-        2 if pairs_agree else MAX_ROWS,
-        rows_are_independent(decoder, range(ROW_STEP, PREFILL_ROWS + 1, ROW_STEP)),
-        sequences_are_independent(decoder.config, range(1, MAX_ROWS + 1), decoder.dtype, decoder.device),
-    )
+MAX_SEQUENCES = 64  # growing at once
+PREFILLS_PER_STEP = 4  # prefill passes between two decode steps while sequences grow
 
 
 class Sampler:
-    """Generates on a decoder. `adapters` is shared with the backend, which adds and drops snapshots."""
+    """Generates on a decoder. `adapters` is shared with the backend, which adds and drops snapshots.
 
-    def __init__(self, decoder: Decoder, head: Head, adapters: dict[int, AdapterWeights], prefix_bytes: int) -> None:
+    prefix_bytes, sequence_bytes: what the keys and values of known prefixes and of sequences in flight may take. Free
+    slots of slabs come on top of the latter (see GrowingCaches), and one request alone may take more.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        head: Head,
+        adapters: dict[int, AdapterWeights],
+        *,
+        prefix_bytes: int,
+        sequence_bytes: int,
+    ) -> None:
         self._decoder, self._head, self._adapters = decoder, head, adapters
-        self._requests: OrderedDict[int, _Request] = OrderedDict()
+        self._waiting: dict[int, Request] = {}
+        self._prefilling: Prefill | None = None
+        self._growing: dict[int, Growing] = {}  # oldest first
         self._prefixes = PrefixCache(prefix_bytes)
         self._caches = GrowingCaches(decoder.config, decoder.dtype, decoder.device)
+        self._max_bytes, self._position_bytes = sequence_bytes, position_bytes(decoder.config, decoder.dtype)
+        self._prefills = 0  # since the last decode step
         self._next = 0
 
     @cached_property
-    def _kernels(self) -> _Kernels:
+    def _kernels(self) -> Kernels:
         """Prepared with the first request: whoever only trains needs no second copy of the weights."""
         self._decoder.weights.pack()
-        return _examine_kernels(self._decoder)
+        return examine_kernels(self._decoder)
 
     @property
     def num_requests(self) -> int:
-        return len(self._requests)
+        return len(self._waiting) + len(self._growing) + (self._prefilling is not None)
+
+    def num_bytes(self) -> int:
+        """Of all keys and values held: prompts, growing sequences and their free slots, known prefixes."""
+        prompt = self._prefilling.cache.num_bytes() if self._prefilling is not None else 0
+        return prompt + self._caches.num_bytes() + self._prefixes.num_bytes()
 
     def add(self, given: GenerateRequest) -> int:
-        decoder = self._decoder
-        cache = SequenceCache(decoder.config, len(given.prompt), decoder.dtype, decoder.device)
-        self._next += 1
         if given.adapter is not None and given.adapter not in self._adapters:
             raise ClosedError("the sampling session was closed before this sample began; make a new sampling client")
         weights = self._adapters[given.adapter] if given.adapter is not None else None
-        self._requests[self._next] = _Request(self._next, given, weights, cache)
+        self._next += 1
+        self._waiting[self._next] = Request(self._next, given, weights)
         return self._next
 
     def cancel(self, number: int) -> None:
-        request = self._requests.pop(number, None)
-        for sequence in request.growing() if request is not None else ():
-            self._caches.remove(sequence.cache)
+        self._waiting.pop(number, None)
+        if self._prefilling is not None and self._prefilling.request.number == number:
+            self._prefilling = None
+        if (growing := self._growing.pop(number, None)) is not None:
+            for sequence in growing.unfinished():
+                self._caches.remove(sequence.cache)
 
     def forget_adapter(self, handle: int) -> None:
         self._prefixes.forget_adapter(handle)
 
     def step(self) -> list[Generation]:
-        """Prefill first: waiting prompts join the batch before the others go on, where there is room."""
-        growing = [(r, s) for r in self._requests.values() for s in r.growing()]
-        chunks = self._next_chunks(len(growing))
+        """Prompts join before the sequences go on, PREFILLS_PER_STEP passes at most."""
+        growing = [(g.request, s) for g in self._growing.values() for s in g.unfinished()]
+        going_on, room = self._with_room(growing)
+        chunks: list[Chunk] = []
+        if not growing or self._prefills < PREFILLS_PER_STEP:
+            chunks = self._next_chunks(len(growing), room)
         if chunks:
             self._prefill(chunks)
+            self._prefills += bool(growing)
         else:
-            for rows in self._rows(growing):
+            for rows in self._rows(going_on):
                 self._decode(rows)
+            self._prefills = 0
         return self._collect()
 
-    def _rows(self, pairs: list[tuple[_Request, _Sequence]]) -> list[list[_Row]]:
+    def _collect(self) -> list[Generation]:
+        done = [growing for growing in self._growing.values() if not growing.unfinished()]
+        for growing in done:
+            del self._growing[growing.request.number]
+        return [growing.generation() for growing in done]
+
+    # who may take how much
+
+    def _cost(self, given: GenerateRequest) -> int:
+        """Bytes of keys and values when the sequences start: the prompt's and a copy for each."""
+        length = len(given.prompt)
+        return self._position_bytes * (prompt_capacity(length) + given.num_samples * slab_capacity(length))
+
+    def _room(self) -> int:
+        """Bytes that are not taken, by sequences or by the prompt that has begun; negative where more than all is."""
+        begun = self._cost(self._prefilling.request.given) if self._prefilling is not None else 0
+        return self._max_bytes - begun - self._caches.used_bytes()
+
+    def _with_room(self, growing: list[tuple[Request, SlabSequence]]) -> tuple[list[tuple[Request, SlabSequence]], int]:
+        """Those that can take one more token, and the bytes that are left: of the oldest request all, of others as many as
+        there is room for."""
+        found, room = [], self._room()
+        for request, sequence in growing:
+            needed = self._caches.missing_bytes(sequence.cache)
+            if needed <= max(room, 0) or request is growing[0][0]:
+                room -= needed
+                found.append((request, sequence))
+        return found, room
+
+    def _next_chunks(self, num_growing: int, room: int) -> list[Chunk]:
+        """Prompt chunks of one pass: of the prompt that has begun, and of the oldest that wait and fit beside."""
+        chunks: list[Chunk] = []
+        if self._prefilling is not None:
+            given = self._prefilling.request.given
+            num_growing += given.num_samples
+            chunks.append(_next_chunk(self._prefilling, self._known_chunks(given, self._prefilling.cache.length)))
+        while self._waiting:
+            request = next(iter(self._waiting.values()))
+            given, cost = request.given, self._cost(request.given)
+            if num_growing and (num_growing + given.num_samples > MAX_SEQUENCES or cost > room):
+                break  # but one alone always may
+            known = self._known_chunks(given, 0)
+            length = min(PREFILL_CHUNK, len(given.prompt) - PREFILL_CHUNK * len(known))
+            if chunks and not (self._kernels.packs_prompts and _fits(chunks, request, length)):
+                break
+            del self._waiting[request.number]
+            decoder = self._decoder
+            cache = SequenceCache(decoder.config, len(given.prompt), decoder.dtype, decoder.device)
+            chunks.append(_next_chunk(Prefill(request, cache), known))
+            num_growing += given.num_samples
+            room -= cost
+        return sorted(chunks, key=lambda chunk: chunk.request.adapter_order)
+
+    def _known_chunks(self, given: GenerateRequest, start: int) -> list[Tensor]:
+        """Whole chunks from `start` on that the prefix cache has; the last token is always computed, for its logits."""
+        found = []
+        for end in range(start + PREFILL_CHUNK, len(given.prompt), PREFILL_CHUNK):
+            if (known := self._prefixes.get(given.adapter, given.prompt[:end])) is None:
+                break
+            found.append(known)
+        return found
+
+    def _rows(self, pairs: list[tuple[Request, SlabSequence]]) -> list[list[Row]]:
         """Steps of at most MAX_ROWS rows. Rows of one adapter lie together and are padded by themselves."""
-        steps: list[list[_Row]] = [[]]
+        steps: list[list[Row]] = []
         # of one adapter in the order of their slots: a step that cannot take all then takes neighbours
         ordered = sorted(pairs, key=lambda p: (p[0].adapter_order, p[1].cache.slab.capacity, p[1].cache.slot))
         for _, group in groupby(ordered, key=lambda pair: pair[0].adapter_order):
-            members = [_Row(*pair) for pair in group]
+            members = [Row(*pair) for pair in group]
             for first in range(0, len(members), MAX_ROWS):
                 rows = members[first : first + MAX_ROWS]
-                rows += [_Row(rows[0].request, None)] * (-len(rows) % self._kernels.row_multiple)
-                if len(steps[-1]) + len(rows) > MAX_ROWS:
+                rows += [Row(rows[0].request, None)] * (-len(rows) % self._kernels.row_multiple)
+                if not steps or len(steps[-1]) + len(rows) > MAX_ROWS:
                     steps.append([])
                 steps[-1] += rows
         return steps
 
-    def _next_chunks(self, num_growing: int) -> list[_Chunk]:
-        """Prompt chunks of one pass: the oldest request's, and others that fit beside it."""
-        chunks: list[_Chunk] = []
-        room = PREFILL_ROWS
-        for request in self._requests.values():
-            if request.prefilled:
-                continue
-            num_growing += request.given.num_samples
-            self._skip_known_prefix(request)
-            start = request.prompt_cache.length
-            end = min(start + PREFILL_CHUNK, len(request.given.prompt))
-            if chunks and (end - start > room or num_growing > MAX_SEQUENCES or not self._kernels.packs_prompts):
-                break
-            if not chunks and num_growing > max(MAX_SEQUENCES, request.given.num_samples):
-                break
-            chunks.append(_Chunk(request, start, end))
-            room -= end - start
-        return sorted(chunks, key=lambda chunk: chunk.request.adapter_order)
-
-    def _skip_known_prefix(self, request: _Request) -> None:
-        """Take over whole chunks that the prefix cache has; the last token is always computed, for its logits."""
-        given, cache = request.given, request.prompt_cache
-        while (end := cache.length + PREFILL_CHUNK) < len(given.prompt):
-            known = self._prefixes.get(given.adapter, given.prompt[:end])
-            if known is None:
-                return
-            cache.extend(known)
-            request.cached_tokens += PREFILL_CHUNK
-
-    def _collect(self) -> list[Generation]:
-        done = [r for r in self._requests.values() if r.prefilled and not r.growing()]
-        for request in done:
-            del self._requests[request.number]
-        return [Generation(r.number, [s.finished() for s in r.sequences], r.cached_tokens) for r in done]
+    # passes
 
     def _forward(
         self, tokens: list[int], positions: list[int], segments: list[Segment], attention: Attention
@@ -234,7 +205,7 @@ class Sampler:
                 final_TD: Tensor = end.value[0]
                 return final_TD
 
-    def _prefill(self, chunks: list[_Chunk]) -> None:
+    def _prefill(self, chunks: list[Chunk]) -> None:
         decoder, step = self._decoder, ROW_STEP if self._kernels.packs_prompts else 1
         tokens: list[int] = []
         positions: list[int] = []
@@ -256,26 +227,38 @@ class Sampler:
             new, out = decoder.keys_values(qkv_NTE), decoder.grouped(out_TH.zero_())
             for chunk, a in zip(chunks, starts, strict=True):
                 b = a + chunk.length
-                filled = chunk.request.prompt_cache.kv[index, :, :, : chunk.end]
+                filled = chunk.prefill.cache.kv[index, :, :, : chunk.end]
                 filled[:, :, chunk.start :] = new[:, :, a:b]
                 attend(decoder.ws, q[:, :, a:b], filled[0], filled[1], out[a:b])
 
         final_TD = self._forward(tokens, positions, segments, attention)
+        self._prefilling = None
         last_row: dict[int, int] = {}
         for chunk, start in zip(chunks, starts, strict=True):
-            request, cache = chunk.request, chunk.request.prompt_cache
-            cache.length = chunk.end
-            if chunk.length == PREFILL_CHUNK:
-                kv_L2KnE = cache.kv[:, :, :, chunk.start : chunk.end]
-                self._prefixes.put(request.given.adapter, request.given.prompt[: chunk.end], kv_L2KnE)
-            if chunk.end == len(request.given.prompt):
-                request.start_sequences(self._caches)
-                last_row[request.number] = start + chunk.length - 1
-        started = [(c.request, s) for c in chunks if c.request.number in last_row for s in c.request.sequences]
-        for rows in self._rows(started) if started else ():
+            self._keep(chunk)
+            if chunk.is_last:
+                last_row[chunk.request.number] = start + chunk.length - 1
+        started = [(self._growing[number].request, s) for number in last_row for s in self._growing[number].sequences]
+        for rows in self._rows(started):
             self._choose(final_TD[[last_row[row.request.number] for row in rows]], rows)
 
-    def _decode(self, rows: list[_Row]) -> None:
+    def _keep(self, chunk: Chunk) -> None:
+        """What a pass has computed of a prompt: for others with the same prefix, and for its sequences or next chunk."""
+        prefill, given = chunk.prefill, chunk.request.given
+        prefill.cache.length = chunk.end
+        if chunk.length == PREFILL_CHUNK:
+            self._prefixes.put(
+                given.adapter, given.prompt[: chunk.end], prefill.cache.kv[:, :, :, chunk.start : chunk.end]
+            )
+        if not chunk.is_last:
+            self._prefilling = prefill  # the only one: its chunk took all rows of the pass
+            return
+        # sequences share the prefill: each has a copy of its cache and a random stream of its own
+        growing = self._growing[chunk.request.number] = Growing(chunk.request, prefill.cached_tokens)
+        for i in range(given.num_samples):
+            growing.sequences.append(new_sequence(given, i, self._caches.start(prefill.cache)))
+
+    def _decode(self, rows: list[Row]) -> None:
         """One token for each: the last token's keys and values enter the cache, the next token is chosen."""
         decoder = self._decoder
         growing = [(i, row.sequence.cache) for i, row in enumerate(rows) if row.sequence is not None]
@@ -296,15 +279,15 @@ class Sampler:
 
         tokens = [row.sequence.tokens[-1] if row.sequence is not None else 0 for row in rows]
         positions = [row.sequence.cache.length if row.sequence is not None else 0 for row in rows]
-        final_BD = self._forward(tokens, positions, _segments(rows), attention)
+        final_BD = self._forward(tokens, positions, row_segments(rows), attention)
         for _, place in growing:
             place.length += 1
         self._choose(final_BD, rows)
 
-    def _choose(self, final_BD: Tensor, rows: list[_Row]) -> None:
+    def _choose(self, final_BD: Tensor, rows: list[Row]) -> None:
         """The next token of every row, its logprob at temperature 1, and whether the sequence ends with it."""
         normed_BD, _ = self._head.normalise(final_BD)
-        segments = _segments(rows)
+        segments = row_segments(rows)
         logits_BV = self._head.logits(normed_BD, None)
         for segment in segments:
             if (lora := segment.at(UNEMBED_SITE)) is not None:
@@ -342,21 +325,19 @@ class Sampler:
         return result
 
 
-def rows_are_independent(decoder: Decoder, counts: Sequence[int]) -> bool:
-    """Whether the kernels give a row the same bits for each of these numbers of rows, base and low-rank products."""
-    layers, width = decoder.weights.layers, decoder.config.intermediate_size
-    generator = torch.Generator().manual_seed(0)
+def _next_chunk(prefill: Prefill, known: list[Tensor]) -> Chunk:
+    """The chunk that comes after those that are known, which the prompt's cache takes over."""
+    for kv_L2KnE in known:
+        prefill.cache.extend(kv_L2KnE)
+        prefill.cached_tokens += kv_L2KnE.shape[3]
+    start = prefill.cache.length
+    return Chunk(prefill, start, min(start + PREFILL_CHUNK, len(prefill.request.given.prompt)))
 
-    def random(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator).to(decoder.device, decoder.dtype)
 
-    sizes = (decoder.config.hidden_size, width)
-    low_rank = [random(*shape) for rank in (5, 16, 48) for size in sizes for shape in ((rank, size), (size, rank))]
-    chosen = [layers[i] for i in sorted({0, len(layers) // 2, len(layers) - 1})]
-    linears = [linear for layer in chosen for linear in layer.linears()]
-    for linear in (*linears, *(Linear(weight) for weight in low_rank)):
-        x = random(max(counts), linear.weight_OI.shape[1])
-        results = [linear.forward(x[:n], x.new_empty(n, len(linear.weight_OI))) for n in counts]
-        if not all(torch.equal(result, results[-1][: len(result)]) for result in results):
-            return False
-    return True
+def _fits(chunks: list[Chunk], request: Request, length: int) -> bool:
+    """Whether so many more rows fit into the pass, each adapter's rows filled up to a multiple of ROW_STEP."""
+    rows = {request.adapter_order: length}
+    for chunk in chunks:
+        order = chunk.request.adapter_order
+        rows[order] = rows.get(order, 0) + chunk.length
+    return sum(-(-count // ROW_STEP) * ROW_STEP for count in rows.values()) <= PREFILL_CHUNK

@@ -16,9 +16,14 @@ import torch
 from torch import Tensor
 
 from mint.engine.models.config import DecoderConfig
-from mint.engine.sampling.cache import SequenceCache
+from mint.engine.sampling.cache import SequenceCache, position_bytes
 
 STEP = 128
+
+
+def slab_capacity(length: int) -> int:
+    """Positions in the slab of a sequence that holds `length` and gets at least one more."""
+    return (length // STEP + 1) * STEP
 
 
 @dataclass(slots=True, repr=False, eq=False)
@@ -52,13 +57,26 @@ class Slab:
 
 
 class GrowingCaches:
-    """The slabs of a sampler. Memory follows the sequences that are growing: at most four times what they fill."""
+    """The slabs of a sampler. Memory follows the sequences that are growing: at most four times what they use."""
 
     def __init__(self, config: DecoderConfig, dtype: torch.dtype, device: torch.device) -> None:
         self._shape = (config.num_layers, 2, 0, config.num_kv_heads)
         self._head_dim = config.head_dim
         self._options: dict[str, torch.dtype | torch.device] = {"dtype": dtype, "device": device}
+        self._position_bytes = position_bytes(config, dtype)
         self._slabs: dict[int, Slab] = {}
+
+    def num_bytes(self) -> int:
+        """All that is held, free slots included."""
+        return sum(slab.kv.nbytes for slab in self._slabs.values())
+
+    def used_bytes(self) -> int:
+        """Of the slots that are taken."""
+        return self._position_bytes * sum(slab.capacity * len(slab.places) for slab in self._slabs.values())
+
+    def missing_bytes(self, place: Place) -> int:
+        """How much more the sequence uses when it gets room for its next position; mostly 0."""
+        return 0 if place.length < place.slab.capacity else self._position_bytes * STEP
 
     def start(self, prompt: SequenceCache) -> Place:
         """A sequence that goes on after `prompt`, of which it gets a copy."""
@@ -85,12 +103,13 @@ class GrowingCaches:
             last.slot = place.slot
         if not slab.places:
             del self._slabs[slab.capacity]
+            slab.resize(0)  # places that are done still point to it
         elif 4 * len(slab.places) <= slab.kv.shape[2]:
             slab.resize(2 * len(slab.places))
 
     def _enter(self, length: int) -> Place:
         """A place with room for more than `length` positions."""
-        capacity = (length // STEP + 1) * STEP
+        capacity = slab_capacity(length)
         slab = self._slabs.get(capacity)
         if slab is None:
             slab = Slab(torch.zeros(*self._shape, capacity, self._head_dim, **self._options))  # type: ignore[call-overload]

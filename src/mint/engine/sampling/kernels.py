@@ -1,0 +1,62 @@
+"""What may be computed at once without changing a sequence's bits, found out by trying the kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mint.engine.models.decoder import Decoder
+from mint.engine.models.linear import Linear
+from mint.engine.sampling.slabs import sequences_are_independent
+
+MAX_ROWS = 32  # of a decode step
+PREFILL_CHUNK = 256  # positions of one prompt, and rows of one pass
+ROW_STEP = 32  # a pass has a multiple of it in rows, so that few shapes occur
+
+
+@dataclass(frozen=True, slots=True)
+class Kernels:
+    """What may be done at once without changing a sequence's bits; float32 promises a tolerance, not bits.
+
+    row_multiple: each adapter's rows of a decode step are filled up to a multiple of it. packs_prompts: prompts share a
+    pass. attends_together: sequences share the products of attention.
+    """
+
+    row_multiple: int
+    packs_prompts: bool
+    attends_together: bool
+
+
+def examine_kernels(decoder: Decoder) -> Kernels:
+    if decoder.dtype == torch.float32:
+        return Kernels(1, packs_prompts=True, attends_together=True)
+    # a single row takes kernels of its own, so the rows of every adapter come in pairs
+    pairs_agree = rows_are_independent(decoder, range(2, MAX_ROWS + 1, 2))
+    return Kernels(
+        2 if pairs_agree else MAX_ROWS,
+        rows_are_independent(decoder, range(ROW_STEP, PREFILL_CHUNK + 1, ROW_STEP)),
+        sequences_are_independent(decoder.config, range(1, MAX_ROWS + 1), decoder.dtype, decoder.device),
+    )
+
+
+def rows_are_independent(decoder: Decoder, counts: Sequence[int]) -> bool:
+    """Whether the kernels give a row the same bits for each of these numbers of rows, base and low-rank products."""
+    layers, width = decoder.weights.layers, decoder.config.intermediate_size
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(decoder.device, decoder.dtype)
+
+    sizes = (decoder.config.hidden_size, width)
+    low_rank = [random(*shape) for rank in (5, 16, 48) for size in sizes for shape in ((rank, size), (size, rank))]
+    chosen = [layers[i] for i in sorted({0, len(layers) // 2, len(layers) - 1})]
+    linears = [linear for layer in chosen for linear in layer.linears()]
+    for linear in (*linears, *(Linear(weight) for weight in low_rank)):
+        x = random(max(counts), linear.weight_OI.shape[1])
+        results = [linear.forward(x[:n], x.new_empty(n, len(linear.weight_OI))) for n in counts]
+        if not all(torch.equal(result, results[-1][: len(result)]) for result in results):
+            return False
+    return True
