@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Literal, TypeVar
 
 from mint.errors import DataError, HubUnreachableError, MintError, ModelAccessError, ModelNotFoundError
 from mint.hub.folders import CONFIG, has_tokenizer, missing_model_files, pickled_weights, require_model_folder
-from mint.hub.source import ModelSource
+from mint.hub.source import LocalModel, ModelSource
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelInfo
@@ -62,6 +62,18 @@ def hub_source(name: str, repo: str, revision: str | None) -> ModelSource:
     logger.info("downloaded %s in %.0f s", name, time.monotonic() - started)
     require_model_folder(folder, name)
     return ModelSource(name, folder, "hub", folder.name, f"from the Hugging Face hub, commit {folder.name[:12]}")
+
+
+def cached_model(name: str, repo: str, revision: str | None) -> LocalModel | None:
+    """What of the model is in the cache, its configuration at least; else None. No network."""
+    from huggingface_hub import try_to_load_from_cache
+
+    _check_revision(name, revision)
+    found = try_to_load_from_cache(repo, CONFIG, revision=revision)
+    if not isinstance(found, str):  # not there, or known not to exist
+        return None
+    folder = Path(found).parent
+    return LocalModel(folder, tuple(missing_model_files(folder)))
 
 
 def _check_revision(name: str, revision: str | None) -> None:
