@@ -46,7 +46,7 @@ def report_on(model: str, settings: Settings, *, measure: bool) -> ModelReport:
 
     local = local_model(model, settings=settings)
     if local is None:
-        note = f"no forecast: {model} is not on this machine (mint models pull {model}); its config.json would do"
+        note = f"no forecast: {model} is not on this machine; {_how_to_get(model)}"
         return ModelReport(model, [note])
     notes, host, expected, memory = [], None, None, None
     if gap := _no_forecast(local.path, settings):
@@ -62,6 +62,15 @@ def report_on(model: str, settings: Settings, *, measure: bool) -> ModelReport:
         else:
             measured = measured_speed(local.path, model, settings)
     return ModelReport(model, notes, host, expected, measured, memory)
+
+
+def _how_to_get(model: str) -> str:
+    pull = f"mint models pull {model} fetches it"
+    repo, _, revision = model.partition("@")
+    if "/" not in repo:
+        return pull
+    shape = f"hf download {repo} config.json" + (f" --revision {revision}" if revision else "")
+    return f"{shape} fetches its shape, which is enough for a forecast, and {pull}"
 
 
 def _no_forecast(folder: Path, settings: Settings) -> str | None:

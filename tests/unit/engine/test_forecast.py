@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.support.engine import write_variant
+from tests.support.tiny_models import FAMILIES, Family, write_tiny_model
 
 from mint.engine import host
 from mint.engine.device import Device
@@ -24,8 +26,6 @@ from mint.engine.forecast import (
 from mint.engine.models.config import DecoderConfig, decoder_config
 from mint.engine.models.weights import load_weights, read_config
 from mint.engine.plan import MIN_TOKENS_PER_PASS, bytes_per_token, fixed_bytes
-from tests.support.engine import write_variant
-from tests.support.tiny_models import FAMILIES, Family, write_tiny_model
 
 SMOLLM2_135M = decoder_config({
     "model_type": "llama", "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
