@@ -280,8 +280,6 @@ TOGETHER = (
          "MINT_MAX_TOKENS_PER_PASS (now 2,048)"),
         ({"memory": memory()}, {"memory_available_bytes": 3 * GIB}, None, "a run of m takes up to 4.00 GiB and 3.00 GiB "
          "are free: close programs, or lower MINT_MAX_TOKENS_PER_PASS"),
-        ({"memory": memory(refusal="no", limit=GIB)}, {}, None, "m cannot be trained in 1.00 GiB: its weights take 1.00 "
-         "GiB and the smallest pass 1.00 GiB; take a smaller base model or a machine with more memory"),
     ],
 )  # fmt: skip
 def test_each_fact_about_the_model_has_its_advice(
@@ -292,6 +290,15 @@ def test_each_fact_about_the_model_has_its_advice(
     advice = advise(ModelReport("m", [], **{**given, **report}), {**GOOD, **machine}, asked)
     assert len(advice) == 2 and TOGETHER in advice
     assert any(text in hint for hint in advice), advice
+
+
+def test_of_a_model_that_cannot_be_trained_nothing_else_is_said() -> None:
+    report = ModelReport("m", [], HostSpeed(1e11, 1e10), EXPECTED, None, memory(refusal="no", limit=GIB))
+    text = "m cannot be trained in 1.00 GiB: its weights take 1.00 GiB and the smallest pass 1.00 GiB; "
+    smaller = "take a smaller base model or a machine with more memory"
+    assert advise(report, GOOD, None) == [text + smaller]
+    halves = "set MINT_DTYPE=bfloat16, which halves the weights, or "
+    assert advise(report, {**GOOD, "dtype": "float32"}, None) == [text + halves + smaller]
 
 
 def test_what_was_measured_is_compared_rather_than_what_was_expected() -> None:

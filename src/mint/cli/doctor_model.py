@@ -212,9 +212,9 @@ def as_rows(report: ModelReport) -> list[tuple[str, str]]:
         rows.append(("host", f"{flop:,.0f} GFLOP/s in its products, reads {read:.1f} GB/s"))
     speeds = [(word, speed) for word, speed in (("expected", report.expected), ("measured", report.measured)) if speed]
     if speeds:
-        rows.append(("training tokens/s", ", ".join(f"{word} {speed.training:,.0f}" for word, speed in speeds)))
+        rows.append(("training tokens/s", ", ".join(f"{word} {_rate(speed.training)}" for word, speed in speeds)))
         label = f"sampling tokens/s, {' / '.join(map(str, speeds[0][1].sampling))} at once"
-        texts = (f"{word} {' / '.join(f'{t:,.0f}' for t in speed.sampling.values())}" for word, speed in speeds)
+        texts = (f"{word} {' / '.join(map(_rate, speed.sampling.values()))}" for word, speed in speeds)
         rows.append((label, ", ".join(texts)))
     if (m := report.memory) is not None:
         parts = f"base {_gib(m.base_bytes)}, adapter {_gib(m.adapter_bytes)}"
@@ -237,11 +237,12 @@ def advise(report: ModelReport, machine: dict[str, Any], asked_tokens: int | Non
             "one that has them multiplies several times faster and takes half the memory for weights"
         )
     speed = report.measured or report.expected
-    if speed is not None and speed.sampling[8] > speed.sampling[1]:
+    trainable = report.memory is None or report.memory.refusal is None
+    if trainable and speed is not None and speed.sampling[8] > speed.sampling[1]:
         one, eight = speed.sampling[1], speed.sampling[8]
         advice.append(
-            f"8 sequences at once sample {eight / one:.1f} times as fast as one ({eight:,.0f} tokens/s against "
-            f"{one:,.0f}): ask for several together (num_samples, mint sample -n 8, several prompts)"
+            f"8 sequences at once sample {eight / one:.1f} times as fast as one ({_rate(eight)} tokens/s against "
+            f"{_rate(one)}): ask for several together (num_samples, mint sample -n 8, several prompts)"
         )
     if report.measured is not None and report.expected is not None:
         share = report.measured.training / report.expected.training
@@ -280,6 +281,10 @@ def _pass_advice(memory: MemoryNeed, asked_tokens: int | None) -> list[str]:
     return [
         f"passes of {memory.pass_tokens} tokens are short, and products of less than {SHORT_PASS:,} rows slow; {cause}"
     ]
+
+
+def _rate(tokens_per_second: float) -> str:
+    return f"{tokens_per_second:,.0f}" if tokens_per_second >= 10 else f"{tokens_per_second:.1f}"
 
 
 def _gib(num_bytes: float) -> str:
