@@ -151,9 +151,7 @@ def test_later_use_neither_fetches_nor_converts(
     assert resolve_model(NAME, settings=settings) == first
 
 
-def test_it_is_here_once_it_is_converted(
-    record: PackagedFile, settings: Settings, wheel: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_it_is_here_once_it_is_converted(record: PackagedFile, settings: Settings, wheel: Path) -> None:
     bring_wheel(wheel, settings)
     assert local_model(NAME, settings=settings) is None
     folder = resolve_model(NAME, settings=settings).path
