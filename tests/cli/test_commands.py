@@ -207,26 +207,6 @@ def test_the_packaged_model_is_listed_whether_it_is_here_or_not() -> None:
     assert "no; mint models pull fetches it" in invoke("models", "list").stdout
 
 
-def test_the_doctor_measures_and_changes_nothing(tiny_model: str, mint_home: Path) -> None:
-    found = answer("doctor", "--model", tiny_model)
-    assert found["training_tokens_per_second"] > 0 and found["sampling_tokens_per_second_8_at_once"] > 0
-    assert found["threads"] == 1 and found["problems"] == [] and found["versions"]["torch"].startswith("2.")
-    assert found["hub"] == "not asked: HF_HUB_OFFLINE is set"
-    assert not mint_home.exists()
-    without = answer("doctor")
-    assert without["speed"].startswith("not measured: SmolLM2-135M-Instruct is not on this machine (mint models pull")
-
-
-def test_the_doctor_sees_who_else_is_called_mint(monkeypatch: pytest.MonkeyPatch) -> None:
-    import importlib.metadata
-
-    monkeypatch.setattr(
-        importlib.metadata, "packages_distributions", lambda: {"mint": ["mindlab-toolkit", "mint-toolkit"]}
-    )
-    done = invoke("doctor", "--no-measure")
-    assert done.exit_code == 1 and "mindlab-toolkit installs a package `mint` too" in done.stdout.replace("\n", " ")
-
-
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [

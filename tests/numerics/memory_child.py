@@ -12,7 +12,6 @@ import psutil
 from mint import types
 from mint.engine.decoder_backend import DecoderBackend
 from mint.engine.hf.backend import GAPS, HfBackend
-from mint.engine.plan import bytes_per_token, fixed_bytes
 from tests.support.engine import add_random_run, forward_backward, open_backend, open_hf, weighted_datums
 
 STATUS = Path("/proc/self/status")
@@ -30,8 +29,7 @@ def planned_bytes(backend: DecoderBackend | HfBackend, num_tokens: int) -> int:
     """Of one pass of that length."""
     if isinstance(backend, HfBackend):
         return int(GAPS * backend._pass_bytes(backend._runs["run"].weights(), num_tokens))
-    config, element = backend._trainer.decoder.config, backend._trainer.decoder.dtype.itemsize
-    return bytes_per_token(config, element) * num_tokens + fixed_bytes(config, element)
+    return backend._pass_memory.of_pass(num_tokens, backend._recomputed_layers(num_tokens))
 
 
 def main(folder: Path, kind: str, dtype: str, *lengths: int) -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from mint import types
 from mint.engine.models.config import DecoderConfig
 from mint.engine.models.weights import read_config
-from mint.engine.plan import BEST_TOKENS_PER_PASS, MIN_TOKENS_PER_PASS, make_plan, split_into_passes
+from mint.engine.plan import BEST_TOKENS_PER_PASS, MIN_TOKENS_PER_PASS, PassMemory, make_plan, pass_budget, split_into_passes
 from mint.errors import InputError
 from tests.numerics import memory_child
 from tests.support.engine import open_backend, run_child
@@ -78,22 +78,22 @@ def config(tiny: Callable[..., Path]) -> DecoderConfig:
 
 
 def test_more_memory_never_allows_less(config: DecoderConfig) -> None:
-    plans = [make_plan(config, 4, mebibytes * 2**20) for mebibytes in range(200, 4000, 50)]
+    plans = [make_plan(PassMemory(config, 4), mebibytes * 2**20) for mebibytes in range(200, 4000, 50)]
     for small, large in pairwise(plans):
         assert small.max_tokens <= large.max_tokens
         assert small.max_tokens_per_pass <= large.max_tokens_per_pass
     assert len({plan.max_tokens for plan in plans}) > 10
     assert plans[-1].max_tokens_per_pass == BEST_TOKENS_PER_PASS
-    assert make_plan(config, 4, 2**60).max_tokens == config.max_context
+    assert make_plan(PassMemory(config, 4), 2**60).max_tokens == config.max_context
 
 
 def test_half_the_element_size_allows_more(config: DecoderConfig) -> None:
-    assert make_plan(config, 2, 2**30).max_tokens > make_plan(config, 4, 2**30).max_tokens
+    assert make_plan(PassMemory(config, 2), 2**30).max_tokens > make_plan(PassMemory(config, 4), 2**30).max_tokens
 
 
 def test_too_little_memory_is_refused_with_numbers(config: DecoderConfig) -> None:
     with pytest.raises(InputError) as caught:
-        make_plan(config, 4, 2**20)
+        make_plan(PassMemory(config, 4), 2**20)
     text = str(caught.value)
     assert "0.0 GiB beside the base model hold a training pass of 0 tokens" in text
     assert f"at least {MIN_TOKENS_PER_PASS} are needed" in text
@@ -101,9 +101,9 @@ def test_too_little_memory_is_refused_with_numbers(config: DecoderConfig) -> Non
 
 
 def test_an_asked_size_wins_but_not_over_memory(config: DecoderConfig) -> None:
-    assert make_plan(config, 4, 2**30, 10).max_tokens_per_pass == 10
-    assert make_plan(config, 4, 2**30, 4096).max_tokens_per_pass == 4096
-    plan = make_plan(config, 4, 2**28, 10**9)
+    assert make_plan(PassMemory(config, 4), 2**30, 10).max_tokens_per_pass == 10
+    assert make_plan(PassMemory(config, 4), 2**30, 4096).max_tokens_per_pass == 4096
+    plan = make_plan(PassMemory(config, 4), 2**28, 10**9)
     assert plan.max_tokens_per_pass == plan.max_tokens < 10**9
 
 

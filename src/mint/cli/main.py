@@ -45,7 +45,9 @@ app.add_typer(models.app, name="models")
 app.add_typer(data.app, name="data")
 app.add_typer(runs_app, name="runs")
 app.add_typer(checkpoints_app, name="checkpoints")
-app.command(epilog="Example: mint doctor --no-measure")(doctor)
+app.command(epilog="Example: mint doctor --model Qwen/Qwen3-0.6B; without any measuring: mint doctor --no-measure")(
+    doctor
+)
 
 if __name__ == "__main__":
     app()

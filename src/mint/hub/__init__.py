@@ -10,13 +10,14 @@ Importing this loads none of huggingface_hub, transformers or gguf.
 from mint.hub.downloads import fetched_url, is_url, open_compressed, replacing, unpacked, url_file_name
 from mint.hub.hub_datasets import HubListing, dataset_files, listed_dataset_files, matching
 from mint.hub.package_files import CHITCHAT, PACKAGED_MODELS, PackagedFile, package_file
-from mint.hub.resolve import load_tokenizer, resolve_model
-from mint.hub.source import ModelSource
+from mint.hub.resolve import load_tokenizer, local_model, resolve_model
+from mint.hub.source import LocalModel, ModelSource
 
 __all__ = [
     "CHITCHAT",
     "PACKAGED_MODELS",
     "HubListing",
+    "LocalModel",
     "ModelSource",
     "PackagedFile",
     "dataset_files",
@@ -24,6 +25,7 @@ __all__ = [
     "is_url",
     "listed_dataset_files",
     "load_tokenizer",
+    "local_model",
     "matching",
     "open_compressed",
     "package_file",

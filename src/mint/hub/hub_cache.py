@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Literal, TypeVar
 
 from mint.errors import DataError, HubUnreachableError, MintError, ModelAccessError, ModelNotFoundError
 from mint.hub.folders import CONFIG, has_tokenizer, missing_model_files, pickled_weights, require_model_folder
-from mint.hub.source import ModelSource
+from mint.hub.source import LocalModel, ModelSource
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelInfo
@@ -50,8 +50,8 @@ def hub_source(name: str, repo: str, revision: str | None) -> ModelSource:
 
     A complete copy in the cache is used without asking the hub whether it has a newer one.
     """
-    _check_revision(name, revision)
-    cached = _complete_snapshot(name, repo, revision)
+    _check_address(name, repo, revision)
+    cached = _complete_snapshot(repo, revision)
     if cached is not None:
         note = f"from the Hugging Face cache, commit {cached.name[:12]}; the hub was not asked for a newer one"
         return ModelSource(name, cached, "cache", cached.name, note)
@@ -64,29 +64,46 @@ def hub_source(name: str, repo: str, revision: str | None) -> ModelSource:
     return ModelSource(name, folder, "hub", folder.name, f"from the Hugging Face hub, commit {folder.name[:12]}")
 
 
-def _check_revision(name: str, revision: str | None) -> None:
-    """It becomes part of a path in the cache, so nothing that could lead out of it goes on."""
+def cached_model(name: str, repo: str, revision: str | None) -> LocalModel | None:
+    """What of the model is in the cache, its configuration at least; else None. No network."""
+    from huggingface_hub import try_to_load_from_cache
+
+    _check_address(name, repo, revision)
+    found = try_to_load_from_cache(repo, CONFIG, revision=revision)
+    if not isinstance(found, str):  # not there, or known not to exist
+        return None
+    folder = Path(found).parent
+    return LocalModel(folder, tuple(missing_model_files(folder)))
+
+
+def _check_address(name: str, repo: str, revision: str | None) -> None:
+    """Both become parts of a path in the cache, so nothing that could lead out of it goes on."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # there, not declared as exported
+
+    try:
+        validate_repo_id(repo)
+    except HFValidationError as error:
+        raise ModelNotFoundError(f"{name!r} cannot be the name of a model on the hub: {error}") from error
     if revision is not None and (not REVISION.fullmatch(revision) or ".." in revision or len(revision) > 200):
         raise ModelNotFoundError(
             f"{revision!r} in {name!r} cannot be a revision; give a branch, tag, commit or refs/pr/NUMBER after the @"
         )
 
 
-def _complete_snapshot(name: str, repo: str, revision: str | None) -> Path | None:
+def _complete_snapshot(repo: str, revision: str | None) -> Path | None:
     """The snapshot folder in the cache if it holds all of the model, else None. No network.
 
     The client knows what an interrupted download of its own lacks; a copy that other tools left there piece by piece
     (it has no list of the repository's files) must at least have the configuration, all weights and a tokenizer.
     """
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
         found = snapshot_download(
             repo, revision=revision, local_files_only=True, allow_patterns=WANTED, ignore_patterns=UNWANTED
         )
-    except HFValidationError as error:
-        raise ModelNotFoundError(f"{name!r} cannot be the name of a model on the hub: {error}") from error
     except LocalEntryNotFoundError:
         return None
     folder = Path(found)

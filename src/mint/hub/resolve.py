@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mint.errors import ModelNotFoundError
-from mint.hub.folders import TOKENIZERS, has_tokenizer, require_model_folder
-from mint.hub.hub_cache import hub_source
+from mint.hub.folders import CONFIG, TOKENIZERS, has_tokenizer, missing_model_files, require_model_folder
+from mint.hub.hub_cache import cached_model, hub_source
 from mint.hub.package_files import PACKAGED_MODELS
-from mint.hub.packaged import packaged_source
-from mint.hub.source import ModelSource
+from mint.hub.packaged import is_converted, packaged_source
+from mint.hub.source import LocalModel, ModelSource
 from mint.settings import Settings
 from mint.settings import load as load_settings
 
@@ -42,8 +42,7 @@ def resolve_model(name: str, *, settings: Settings | None = None) -> ModelSource
     private), HubUnreachableError (a download is needed and impossible; from the hub within seconds, from pip when it
     gives up), MissingExtraError (packaged model without `gguf` or pip), InputError (an unusable MINT_* variable).
     """
-    if not isinstance(name, str) or not name.strip() or "\0" in name:
-        raise ModelNotFoundError(f"{name!r} is not the name of a base model; {_allowed()}")
+    _check_name(name)
     if name in PACKAGED_MODELS:
         _warn_of_unused_folder(name)
         return packaged_source(name, settings or load_settings())
@@ -51,6 +50,24 @@ def resolve_model(name: str, *, settings: Settings | None = None) -> ModelSource
         _warn_of_unused_folder(match["repo"])
         return hub_source(name, match["repo"], match["revision"])
     return _folder_source(name)
+
+
+def local_model(name: str, *, settings: Settings | None = None) -> LocalModel | None:
+    """What of the base model `name` is on this machine, weights or not; None: nothing. Nothing is fetched.
+
+    Names mean what they mean to `resolve_model`. Raises ModelNotFoundError for a name of no such form, and for a folder
+    without config.json.
+    """
+    _check_name(name)
+    if name in PACKAGED_MODELS:
+        folder = (settings or load_settings()).models_dir / name
+        return LocalModel(folder, ()) if is_converted(folder, PACKAGED_MODELS[name]) else None
+    if match := HUB_NAME.fullmatch(name):
+        return cached_model(name, match["repo"], match["revision"])
+    folder = _named_folder(name)
+    if not (folder / CONFIG).is_file():
+        require_model_folder(folder, name)
+    return LocalModel(folder.resolve(), tuple(missing_model_files(folder)))
 
 
 def load_tokenizer(source: ModelSource | str) -> PreTrainedTokenizerBase:
@@ -79,13 +96,23 @@ def load_tokenizer(source: ModelSource | str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def _check_name(name: str) -> None:
+    if not isinstance(name, str) or not name.strip() or "\0" in name:
+        raise ModelNotFoundError(f"{name!r} is not the name of a base model; {_allowed()}")
+
+
 def _folder_source(name: str) -> ModelSource:
-    folder = Path(os.path.expanduser(name))  # unlike Path's, leaves the ~ of an unknown user alone
-    if not folder.exists() and not name.startswith((".", "/", "~")):
-        raise ModelNotFoundError(f"there is no base model {name!r}: no folder of that name, and {_allowed()}")
+    folder = _named_folder(name)
     require_model_folder(folder, name)
     folder = folder.resolve()
     return ModelSource(name, folder, "folder", None, f"local folder {folder}")
+
+
+def _named_folder(name: str) -> Path:
+    folder = Path(os.path.expanduser(name))  # unlike Path's, leaves the ~ of an unknown user alone
+    if not folder.exists() and not name.startswith((".", "/", "~")):
+        raise ModelNotFoundError(f"there is no base model {name!r}: no folder of that name, and {_allowed()}")
+    return folder
 
 
 def _warn_of_unused_folder(name: str) -> None:

