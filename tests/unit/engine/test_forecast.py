@@ -150,7 +150,7 @@ def test_the_hosts_speed_weighs_products_as_a_step_has_them(monkeypatch: pytest.
     seconds = {2**10: 1.0, 2**11: 2.0}
     monkeypatch.setattr(host, "_product_seconds", lambda weight: seconds[weight.shape[1]])
     monkeypatch.setattr(host, "READ_VALUES", 2**10)
-    device = Device(torch.device("cpu"), torch.float32, 1)
+    device = Device(torch.device("cpu"), torch.float32, 1, 2**30)
     found = host.measure_host(device, [Projection(2**11, 2**9, 3), Projection(2**10, 2**10, 1)])
     assert found.flop_per_second == pytest.approx(4 * 1024 * 2**20 * 4 / 7)
     assert found.bytes_per_second > 0
@@ -165,7 +165,7 @@ def test_a_matrix_too_large_to_try_is_cut_and_counts_whole(monkeypatch: pytest.M
 
     monkeypatch.setattr(host, "_product_seconds", one_second)
     monkeypatch.setattr(host, "READ_VALUES", 2**10)
-    device = Device(torch.device("cpu"), torch.bfloat16, 1)
+    device = Device(torch.device("cpu"), torch.bfloat16, 1, 2**30)
     found = host.measure_host(device, [Projection(2**10, 2**18, 1), Projection(2**10, 2**10, 8)])
     assert set(shapes) == {(2**13, 2**10), (2**10, 2**10)}
     # 32 pieces of 2^23 weights and 8 matrices of 2^20, a second each
@@ -176,6 +176,6 @@ def test_when_time_runs_out_the_rest_counts_as_what_was_measured(monkeypatch: py
     monkeypatch.setattr(host, "PRODUCTS_SECONDS", 0.0)
     monkeypatch.setattr(host, "READ_VALUES", 2**10)
     monkeypatch.setattr(host, "_product_seconds", lambda weight: weight.shape[1] / 1024)
-    device = Device(torch.device("cpu"), torch.float32, 1)
+    device = Device(torch.device("cpu"), torch.float32, 1, 2**30)
     found = host.measure_host(device, [Projection(1024, 1024, 4), Projection(2048, 512, 4)])
     assert found.flop_per_second == 4 * 1024 * 2**20
