@@ -13,7 +13,13 @@ from hypothesis import strategies as st
 from mint import types
 from mint.engine.models.config import DecoderConfig
 from mint.engine.models.weights import read_config
-from mint.engine.plan import BEST_TOKENS_PER_PASS, MIN_TOKENS_PER_PASS, PassMemory, make_plan, pass_budget, split_into_passes
+from mint.engine.plan import (
+    BEST_TOKENS_PER_PASS,
+    MIN_TOKENS_PER_PASS,
+    PassMemory,
+    make_plan,
+    split_into_passes,
+)
 from mint.errors import InputError
 from tests.numerics import memory_child
 from tests.support.engine import open_backend, run_child

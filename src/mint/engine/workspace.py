@@ -14,10 +14,12 @@ from torch import Tensor
 class Workspace:
     """Named scratch tensors. A name's storage grows to the largest size asked for; contents are whatever was left."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, expected_tokens: int = 0) -> None:
         self._device = device
         self._storage: dict[tuple[str, torch.dtype], Tensor] = {}
-        self._largest = 0  # tokens of a pass
+        self._expected = expected_tokens if device.type == "cpu" else 0
+        self._largest = self._expected  # tokens of a pass
+        self._room = 1.0
 
     def get(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """An uninitialised contiguous tensor; asking again for the same name hands out the same memory."""
@@ -25,7 +27,7 @@ class Workspace:
         flat = self._storage.get((name, dtype))
         if flat is None or flat.numel() < size:
             self._storage.pop((name, dtype), None)  # free before allocating the larger one
-            flat = torch.empty(size, dtype=dtype, device=self._device)
+            flat = torch.empty(math.ceil(size * self._room), dtype=dtype, device=self._device)
             self._storage[name, dtype] = flat
         return flat[:size].view(shape)
 
@@ -34,10 +36,12 @@ class Workspace:
         self.get(name, (size,), dtype)
 
     def begin(self, num_tokens: int) -> None:
-        """Before a pass: one larger than any before starts with nothing, for the same reason."""
+        """Before a pass. What it allocates has room for `expected_tokens`: memory of the processor costs nothing until it is
+        written to. One that is larger yet starts with nothing, so that no holes are left behind."""
         if num_tokens > self._largest:
             self.clear()
             self._largest = num_tokens
+        self._room = max(self._expected / num_tokens, 1.0)
 
     def num_bytes(self) -> int:
         return sum(t.numel() * t.element_size() for t in self._storage.values())

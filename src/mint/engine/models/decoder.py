@@ -22,6 +22,7 @@ from mint.engine.models.config import DecoderConfig
 from mint.engine.models.ops import (
     RopeTable,
     rms_norm,
+    rms_norm_again,
     rms_norm_backward,
     rope_table,
     rotate,
@@ -123,7 +124,7 @@ class Decoder:
         """Everything of the layer that backward needs, from its input."""
         c, w, num_tokens = self.config, self.weights.layers[index], len(act.x_TD)
         normed_TD = self._buffer("normed", num_tokens, c.hidden_size)
-        act.x_rstd = rms_norm(act.x_TD, w.input_norm_D, c.rms_norm_eps, normed_TD)
+        act.x_rstd = rms_norm(self.ws, act.x_TD, w.input_norm_D, c.rms_norm_eps, normed_TD)
         raw_TO = act.raw_TO if act.raw_TO is not None else self._buffer("raw", num_tokens, c.qkv_size)
         raw_TO = w.qkv.forward(normed_TD, raw_TO)
         lora_forward(normed_TD, raw_TO, row.segments, (index, QKV))
@@ -133,7 +134,7 @@ class Decoder:
         attention(index, act.qkv_NTE, act.attn_TH)
         act.mid_TD = w.o.forward(act.attn_TH, act.mid_TD, act.x_TD)
         lora_forward(act.attn_TH, act.mid_TD, row.segments, (index, O))
-        act.mid_rstd = rms_norm(act.mid_TD, w.mlp_norm_D, c.rms_norm_eps, normed_TD)
+        act.mid_rstd = rms_norm(self.ws, act.mid_TD, w.mlp_norm_D, c.rms_norm_eps, normed_TD)
         act.gate_up = w.gate_up.forward(normed_TD, act.gate_up)
         lora_forward(normed_TD, act.gate_up, row.segments, (index, GATE_UP))
 
@@ -161,7 +162,7 @@ class Decoder:
             source_TNE = self._buffer("qk_normed", len(raw_TO), rotated, c.head_dim)
             parts = [(0, c.num_heads, w.q_norm), (c.num_heads, rotated, w.k_norm)]
             q_rstd, k_rstd = (
-                rms_norm(raw_TNE[:, a:b], norm, c.rms_norm_eps, source_TNE[:, a:b]) for a, b, norm in parts
+                rms_norm(self.ws, raw_TNE[:, a:b], norm, c.rms_norm_eps, source_TNE[:, a:b]) for a, b, norm in parts
             )
             act.qk_rstd = (q_rstd, k_rstd)
         rotate(source_TNE[:, :rotated].transpose(0, 1), rope, act.qkv_NTE[:rotated])
@@ -226,14 +227,14 @@ class Decoder:
         swiglu_backward(grad_hidden_TF, act.gate_up, silu_TF, grad_gate_up)
         assert act.mid_rstd is not None
         normed_TD = self._buffer("normed", num_tokens, c.hidden_size)
-        torch.mul(act.mid_TD * act.mid_rstd, w.mlp_norm_D, out=normed_TD)
+        rms_norm_again(self.ws, act.mid_TD, w.mlp_norm_D, act.mid_rstd, normed_TD)
         if not needs_input_grad:
             lora_backward(grad_gate_up, normed_TD, None, row.segments, (index, GATE_UP))
             return
         grad_normed_TD = self._buffer("grad_normed", num_tokens, c.hidden_size)
         w.gate_up.backward(grad_gate_up, grad_normed_TD)
         lora_backward(grad_gate_up, normed_TD, grad_normed_TD, row.segments, (index, GATE_UP))
-        grad_TD.add_(rms_norm_backward(grad_normed_TD, act.mid_TD, w.mlp_norm_D, act.mid_rstd))
+        grad_TD.add_(rms_norm_backward(self.ws, grad_normed_TD, act.mid_TD, w.mlp_norm_D, act.mid_rstd))
 
     def _backward_attention(
         self, index: int, act: LayerActivations, grad_TD: Tensor, row: PackedRow, rope: RopeTable
@@ -257,14 +258,14 @@ class Decoder:
         grad_raw_TO = self._rotate_heads_backward(grad_qkv_NTE, act, w, rope)
         assert act.x_rstd is not None
         normed_TD = self._buffer("normed", num_tokens, c.hidden_size)
-        torch.mul(act.x_TD * act.x_rstd, w.input_norm_D, out=normed_TD)
+        rms_norm_again(self.ws, act.x_TD, w.input_norm_D, act.x_rstd, normed_TD)
         if index == 0:  # nothing below is trained
             lora_backward(grad_raw_TO, normed_TD, None, row.segments, (index, QKV))
             return
         grad_normed_TD = self._buffer("grad_normed", num_tokens, c.hidden_size)
         w.qkv.backward(grad_raw_TO, grad_normed_TD)
         lora_backward(grad_raw_TO, normed_TD, grad_normed_TD, row.segments, (index, QKV))
-        grad_TD.add_(rms_norm_backward(grad_normed_TD, act.x_TD, w.input_norm_D, act.x_rstd))
+        grad_TD.add_(rms_norm_backward(self.ws, grad_normed_TD, act.x_TD, w.input_norm_D, act.x_rstd))
 
     def _rotate_heads_backward(
         self, grad_qkv_NTE: Tensor, act: LayerActivations, w: LayerWeights, rope: RopeTable
@@ -280,5 +281,5 @@ class Decoder:
             raw_TNE = act.raw_TO.view(num_tokens, -1, c.head_dim)
             parts = [(0, c.num_heads, w.q_norm), (c.num_heads, rotated, w.k_norm)]
             for (a, b, norm), rstd in zip(parts, act.qk_rstd, strict=True):
-                grad_TNE[:, a:b] = rms_norm_backward(grad_TNE[:, a:b], raw_TNE[:, a:b], norm, rstd)
+                grad_TNE[:, a:b] = rms_norm_backward(self.ws, grad_TNE[:, a:b], raw_TNE[:, a:b], norm, rstd)
         return grad_raw_TO

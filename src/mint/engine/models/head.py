@@ -48,11 +48,11 @@ class Head:
     def normalise(self, final_TD: Tensor) -> tuple[Tensor, Tensor]:
         """Normed rows in the base dtype and 1 / rms, for the backward."""
         normed_TD = self._decoder.ws.get("head.normed", tuple(final_TD.shape), final_TD.dtype)
-        return normed_TD, rms_norm(final_TD, self._norm_D, self._eps, normed_TD)
+        return normed_TD, rms_norm(self._decoder.ws, final_TD, self._norm_D, self._eps, normed_TD)
 
     def backward_norm(self, grad_TD: Tensor, final_TD: Tensor, rstd: Tensor) -> Tensor:
         """Float32 gradient by the last layer's output."""
-        return rms_norm_backward(grad_TD, final_TD, self._norm_D, rstd)
+        return rms_norm_backward(self._decoder.ws, grad_TD, final_TD, self._norm_D, rstd).clone()
 
     def logits(self, normed_CD: Tensor, lora: SiteWeights | None, u_CR: Tensor | None = None) -> Tensor:
         """[C, V] in the base dtype, in a buffer that the next call reuses."""

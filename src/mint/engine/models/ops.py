@@ -12,22 +12,34 @@ import torch
 from torch import Tensor
 
 from mint.engine.models.config import RopeConfig
+from mint.engine.workspace import Workspace
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor) -> Tensor:
-    """Normalise the last axis of `x` into `out`; returns 1 / rms, float32, of shape [..., 1]."""
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+def rms_norm(ws: Workspace, x: Tensor, weight: Tensor, eps: float, out: Tensor) -> Tensor:
+    """Normalise the last axis of `x` into `out`; returns 1 / rms, float32, of shape [..., 1]. `weight`: float32."""
+    x_hat = _as_float(ws, "norm.x", x)
+    norm = torch.linalg.vector_norm(x_hat, dim=-1, keepdim=True)
     rstd: Tensor = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
-    torch.mul(x * rstd, weight, out=out)
+    out.copy_(x_hat.mul_(rstd).mul_(weight))
     return rstd
 
 
-def rms_norm_backward(grad_out: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> Tensor:
-    """Gradient by `x` in float32: rstd (g w - x^ mean(g w x^)) with x^ = x rstd."""
-    grad = grad_out.float() * weight
-    x_hat = x * rstd
-    mean = (grad * x_hat).mean(-1, keepdim=True)
-    return grad.sub_(x_hat.mul_(mean)).mul_(rstd)
+def rms_norm_again(ws: Workspace, x: Tensor, weight: Tensor, rstd: Tensor, out: Tensor) -> None:
+    """What `rms_norm` wrote, from the 1 / rms that it returned."""
+    out.copy_(_as_float(ws, "norm.x", x).mul_(rstd).mul_(weight))
+
+
+def rms_norm_backward(ws: Workspace, grad_out: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> Tensor:
+    """Gradient by `x` in float32: rstd (g w - x^ mean(g w x^)) with x^ = x rstd. In scratch that the next call reuses."""
+    grad = _as_float(ws, "norm.grad", grad_out).mul_(weight)
+    x_hat = _as_float(ws, "norm.x", x).mul_(rstd)
+    mean = torch.linalg.vecdot(grad, x_hat).div_(x.shape[-1])[..., None]
+    return grad.addcmul_(x_hat, mean, value=-1).mul_(rstd)
+
+
+def _as_float(ws: Workspace, name: str, x: Tensor) -> Tensor:
+    """A float32 copy: one operation on two types is slower than a conversion and an operation on one."""
+    return ws.get(name, tuple(x.shape), torch.float32).copy_(x)
 
 
 def swiglu_backward(grad_TF: Tensor, gate_up: Tensor, silu_TF: Tensor, out: Tensor) -> None:

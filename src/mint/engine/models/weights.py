@@ -1,6 +1,7 @@
 """Reading a dense decoder's weights from safetensors. Projections that share an input are stored as one matrix.
 
-Weight shapes are [out, in]. D hidden size, F MLP width, O width of q, k and v together, V vocabulary.
+Weight shapes are [out, in]; the weights of norms are float32, as they are used. D hidden size, F MLP width, O width of q,
+k and v together, V vocabulary.
 """
 
 from __future__ import annotations
@@ -118,16 +119,13 @@ class _Checkpoint:
         self.unread.discard(name)
         return tensor.to(self._device, self._dtype, copy=True)
 
-    def read_if(self, wanted: bool, name: str, *shape: int) -> Tensor | None:
-        return self.read(name, *shape) if wanted else None
-
 
 def load_weights(folder: Path, config: DecoderConfig, dtype: torch.dtype, device: torch.device) -> DecoderWeights:
     """All weights in `dtype`. Every tensor of the files must be used, so that nothing of a model is silently left out."""
     ckpt = _Checkpoint(folder, dtype, device)
     embed = ckpt.read(EMBEDDING, config.vocab_size, config.hidden_size)
     layers = [_load_layer(ckpt, config, f"model.layers.{i}") for i in range(config.num_layers)]
-    final_norm = ckpt.read("model.norm.weight", config.hidden_size)
+    final_norm = ckpt.read("model.norm.weight", config.hidden_size).float()
     if config.tied:
         unembed = embed
         ckpt.unread.discard(UNEMBEDDING)  # some files repeat the tied matrix
@@ -146,12 +144,12 @@ def _load_layer(ckpt: _Checkpoint, config: DecoderConfig, prefix: str) -> LayerW
     attn, mlp = f"{prefix}.self_attn", f"{prefix}.mlp"
     qkv = {"q_proj": config.q_size, "k_proj": config.kv_size, "v_proj": config.kv_size}
     return LayerWeights(
-        input_norm_D=ckpt.read(f"{prefix}.input_layernorm.weight", hidden),
+        input_norm_D=ckpt.read(f"{prefix}.input_layernorm.weight", hidden).float(),
         qkv=_linear(ckpt, attn, qkv, hidden, bias=config.qkv_bias),
-        q_norm=ckpt.read_if(config.qk_norm, f"{attn}.q_norm.weight", config.head_dim),
-        k_norm=ckpt.read_if(config.qk_norm, f"{attn}.k_norm.weight", config.head_dim),
+        q_norm=ckpt.read(f"{attn}.q_norm.weight", config.head_dim).float() if config.qk_norm else None,
+        k_norm=ckpt.read(f"{attn}.k_norm.weight", config.head_dim).float() if config.qk_norm else None,
         o=_linear(ckpt, attn, {"o_proj": hidden}, config.q_size, bias=config.o_bias),
-        mlp_norm_D=ckpt.read(f"{prefix}.post_attention_layernorm.weight", hidden),
+        mlp_norm_D=ckpt.read(f"{prefix}.post_attention_layernorm.weight", hidden).float(),
         gate_up=_linear(ckpt, mlp, {"gate_proj": width, "up_proj": width}, hidden, bias=config.mlp_bias),
         down=_linear(ckpt, mlp, {"down_proj": hidden}, width, bias=config.mlp_bias),
     )
