@@ -16,6 +16,7 @@ from mint.engine.backend import CustomLoss, FloatArray, MicroBatch, Part, PartRe
 from mint.engine.lora import UNEMBED_SITE, Segment
 from mint.engine.models.decoder import Decoder, LayerActivations, PackedRow
 from mint.engine.models.head import Derivative, Head, Targets
+from mint.engine.models.packed_attention import PackedAttention
 from mint.engine.plan import split_into_passes
 from mint.engine.runs import TrainingRun, as_cross_entropy, part_result, settle_gradient, surrogate
 from mint.losses import LOSSES
@@ -40,6 +41,7 @@ class _PassState:
     """One micro-batch between its forward and its backward."""
 
     row: PackedRow
+    attention: PackedAttention
     scorings: list[_Scoring]
     final_TD: Tensor
     kept: list[LayerActivations | Tensor]
@@ -97,19 +99,20 @@ class Trainer:
         return result if result.error is not None else PartResult(result.logprobs, metrics)
 
     def _forward(self, parts: Sequence[Part], *, with_gradient: bool) -> Generator[None, None, _PassState]:
-        row, scorings = self._pack(parts, with_gradient=with_gradient)
+        row, sequences, scorings = self._pack(parts, with_gradient=with_gradient)
+        attention = self.decoder.packed_attention(sequences)
         sites = {site for segment in row.segments for site in segment.weights or ()}
         keep = with_gradient and sites != {UNEMBED_SITE}
         recompute = self._recomputed_layers(len(row.tokens_T)) if keep else 0
-        final_TD, kept = yield from self.decoder.forward(row, keep=keep, recompute=recompute)
+        final_TD, kept = yield from self.decoder.forward(row, attention, keep=keep, recompute=recompute)
         normed_TD, rstd = self.head.normalise(final_TD)
         grad_normed_TD = torch.zeros_like(normed_TD) if keep else None
-        return _PassState(row, scorings, final_TD, kept, normed_TD, rstd, grad_normed_TD)
+        return _PassState(row, attention, scorings, final_TD, kept, normed_TD, rstd, grad_normed_TD)
 
     def _backward(self, state: _PassState) -> Generator[None, None, None]:
         if state.grad_normed_TD is not None:
             grad_TD = self.head.backward_norm(state.grad_normed_TD, state.final_TD, state.rstd)
-            yield from self.decoder.backward(state.row, grad_TD, state.kept)
+            yield from self.decoder.backward(state.row, state.attention, grad_TD, state.kept)
 
     def _score(self, state: _PassState, *, backward: bool) -> Generator[None, None, None]:
         """Rows with a loss term first and by themselves, so that the others cost no backward; forward splits alike."""
@@ -139,7 +142,10 @@ class Trainer:
 
         return derivative
 
-    def _pack(self, parts: Sequence[Part], *, with_gradient: bool) -> tuple[PackedRow, list[_Scoring]]:
+    def _pack(
+        self, parts: Sequence[Part], *, with_gradient: bool
+    ) -> tuple[PackedRow, list[tuple[int, int]], list[_Scoring]]:
+        """The row, where each datum lies in it, and what is scored of each part."""
         tokens, positions, sequences, scorings, start = [], [], [], [], 0
         for part in parts:
             run, first = self.runs[part.run_id], start
@@ -152,7 +158,7 @@ class Trainer:
             scorings.append(_scoring(part.input, segment))
         device = self.decoder.device
         tokens_T, positions_T = (torch.from_numpy(np.concatenate(x)).to(device) for x in (tokens, positions))
-        return PackedRow(tokens_T, positions_T, sequences, [s.segment for s in scorings]), scorings
+        return PackedRow(tokens_T, positions_T, [s.segment for s in scorings]), sequences, scorings
 
 
 def _scoring(given: TrainingInput, segment: Segment) -> _Scoring:

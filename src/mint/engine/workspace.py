@@ -21,6 +21,10 @@ class Workspace:
         self._largest = self._expected  # tokens of a pass
         self._room = 1.0
 
+    @property
+    def device(self) -> torch.device:
+        return self._device
+
     def get(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """An uninitialised contiguous tensor; asking again for the same name hands out the same memory."""
         size = math.prod(shape)

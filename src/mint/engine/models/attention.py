@@ -1,9 +1,7 @@
-"""Causal attention of one sequence, forward and backward, in blocks of query rows against all keys before their end.
+"""Causal attention of the last positions of one sequence, in blocks of query rows against all keys before their end.
 
-Explicit products beat the fused CPU kernel's backward for chat lengths and skip what the causal mask hides; blocks keep
-memory linear in the length. Borders are counted from the start of the sequence, so shapes, and with them the bits, depend
-on the sequence alone. Shape letters: K key/value heads, G query heads per key/value head, E head_dim, b query rows of a
-block, n keys that the block sees.
+Borders are counted from the start of the sequence, so shapes, and with them the bits, depend on the sequence alone. Shape
+letters: K key/value heads, G query heads per key/value head, E head_dim, b query rows of a block, n keys that it sees.
 """
 
 from __future__ import annotations
@@ -25,7 +23,7 @@ def _causal_mask(rows: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.full((rows, rows), -math.inf, dtype=dtype, device=device).triu_(1)
 
 
-def _probabilities(ws: Workspace, q_KGE: Tensor, k_KnE: Tensor, rows: int) -> Tensor:
+def probabilities(ws: Workspace, q_KGE: Tensor, k_KnE: Tensor, rows: int) -> Tensor:
     """softmax(q k / sqrt(E)) of one block, [K, G b, n]; the last `rows` keys are masked causally."""
     num_kv, grouped, head_dim = q_KGE.shape
     num_keys = k_KnE.shape[1]
@@ -38,7 +36,7 @@ def _probabilities(ws: Workspace, q_KGE: Tensor, k_KnE: Tensor, rows: int) -> Te
     return torch.softmax(scores, -1, out=probs)
 
 
-def _reserve(ws: Workspace, names: tuple[str, ...], heads: int, num_keys: int, dtype: torch.dtype) -> None:
+def reserve(ws: Workspace, names: tuple[str, ...], heads: int, num_keys: int, dtype: torch.dtype) -> None:
     """Scratch for the block that sees most."""
     for name in names:
         ws.reserve(name, heads * min(QUERY_BLOCK, num_keys) * num_keys, dtype)
@@ -57,40 +55,11 @@ def attend(ws: Workspace, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> None:
     """
     num_kv, group, num_new, head_dim = q.shape
     past = k.shape[1] - num_new
-    _reserve(ws, ("attn.scores", "attn.probs"), num_kv * group, k.shape[1], q.dtype)
+    reserve(ws, ("attn.scores", "attn.probs"), num_kv * group, k.shape[1], q.dtype)
     for start, end in _blocks(past, past + num_new):
         rows = end - start
         q_block = q[:, :, start - past : end - past].reshape(num_kv, group * rows, head_dim)
-        probs = _probabilities(ws, q_block, k[:, :end], rows)
+        probs = probabilities(ws, q_block, k[:, :end], rows)
         block = ws.get("attn.out", (num_kv, group * rows, head_dim), q.dtype)
         torch.bmm(probs, v[:, :end], out=block)
         out[start - past : end - past].copy_(block.view(num_kv, group, rows, head_dim).permute(2, 0, 1, 3))
-
-
-def attend_backward(
-    ws: Workspace, grad_out: Tensor, qkv: tuple[Tensor, Tensor, Tensor], grads: tuple[Tensor, Tensor, Tensor]
-) -> None:
-    """Gradients of `attend` for a whole sequence (t == n), probabilities recomputed.
-
-    grad_out: [t, K, G, E]; qkv and grads: tensors of q [K, G, t, E], k and v [K, t, E]; `grads` are written.
-    """
-    (q, k, v), (grad_q, grad_k, grad_v) = qkv, grads
-    num_kv, group, length, head_dim = q.shape
-    _reserve(ws, ("attn.scores", "attn.probs", "attn.grad_scores"), num_kv * group, length, q.dtype)
-    grad_k.zero_()
-    grad_v.zero_()
-    for start, end in _blocks(0, length):
-        rows = end - start
-        q_block = q[:, :, start:end].reshape(num_kv, group * rows, head_dim)
-        grad_block = grad_out[start:end].permute(1, 2, 0, 3).reshape(num_kv, group * rows, head_dim)
-        keys, values = k[:, :end], v[:, :end]
-        probs = _probabilities(ws, q_block, keys, rows)
-        grad_v[:, :end].baddbmm_(probs.transpose(1, 2), grad_block)
-        grad_probs = ws.get("attn.scores", tuple(probs.shape), probs.dtype)
-        torch.bmm(grad_block, values.transpose(1, 2), out=grad_probs)
-        grad_scores = ws.get("attn.grad_scores", tuple(probs.shape), probs.dtype)
-        torch.ops.aten._softmax_backward_data.out(grad_probs, probs, -1, probs.dtype, grad_input=grad_scores)
-        block = ws.get("attn.out", tuple(q_block.shape), q.dtype)
-        torch.baddbmm(block, grad_scores, keys, beta=0, alpha=head_dim**-0.5, out=block)
-        grad_q[:, :, start:end] = block.view(num_kv, group, rows, head_dim)
-        grad_k[:, :end].baddbmm_(grad_scores.transpose(1, 2), q_block, alpha=head_dim**-0.5)

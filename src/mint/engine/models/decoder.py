@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from mint.engine.lora import DOWN, GATE_UP, QKV, O, Segment, lora_backward, lora_forward
-from mint.engine.models.attention import attend, attend_backward
 from mint.engine.models.config import DecoderConfig
 from mint.engine.models.ops import (
     RopeTable,
@@ -29,6 +28,7 @@ from mint.engine.models.ops import (
     rotate_backward,
     swiglu_backward,
 )
+from mint.engine.models.packed_attention import PackedAttention
 from mint.engine.models.weights import DecoderWeights, LayerWeights
 from mint.engine.workspace import Workspace
 
@@ -38,12 +38,11 @@ Attention = Callable[[int, Tensor, Tensor], None]
 
 @dataclass(frozen=True, slots=True, repr=False)
 class PackedRow:
-    """Sequences laid end to end. positions_T count from each sequence's start; sequences are [start, end) rows;
-    segments are the rows of each run, in order."""
+    """Sequences laid end to end. positions_T count from each sequence's start; segments are the rows of each run, in
+    order."""
 
     tokens_T: Tensor
     positions_T: Tensor
-    sequences: list[tuple[int, int]]
     segments: list[Segment]
 
     def adapts(self, layer: int, *sites: str) -> bool:
@@ -91,17 +90,13 @@ class Decoder:
         )
 
     def forward(
-        self, row: PackedRow, attention: Attention | None = None, *, keep: bool, recompute: int = 0
+        self, row: PackedRow, attention: Attention, *, keep: bool, recompute: int = 0
     ) -> Generator[None, None, tuple[Tensor, list[LayerActivations | Tensor]]]:
         """The residual stream after the last layer [T, D] and, with `keep`, what backward needs of every layer: its
-        activations or, of the first `recompute` layers, its input alone.
-
-        `attention` defaults to causal attention within each sequence of the row.
-        """
+        activations or, of the first `recompute` layers, its input alone."""
         num_tokens, layers = len(row.tokens_T), self.config.num_layers
         self.ws.begin(num_tokens)
         rope = rope_table(self.config.rope, row.positions_T, self.dtype)
-        attention = attention or self._packed_attention(row)
         kept: list[LayerActivations | Tensor] = []
         x_TD = self._input(num_tokens, 0, keep=keep)
         torch.index_select(self.weights.embed_VD, 0, row.tokens_T, out=x_TD)
@@ -184,20 +179,15 @@ class Decoder:
         c = self.config
         return flat_TH.view(len(flat_TH), c.num_kv_heads, c.num_heads // c.num_kv_heads, c.head_dim)
 
-    def _packed_attention(self, row: PackedRow) -> Attention:
-        def attention(index: int, qkv_NTE: Tensor, out_TH: Tensor) -> None:
-            q, k, v = self.split_heads(qkv_NTE)
-            out = self.grouped(out_TH)
-            for start, end in row.sequences:
-                attend(self.ws, q[:, :, start:end], k[:, start:end], v[:, start:end], out[start:end])
-
-        return attention
+    def packed_attention(self, sequences: list[tuple[int, int]]) -> PackedAttention:
+        """Within each of these [start, end) rows, which follow one another."""
+        c = self.config
+        return PackedAttention(self.ws, sequences, (c.num_heads, c.num_kv_heads), c.head_dim)
 
     def backward(
-        self, row: PackedRow, grad_TD: Tensor, kept: list[LayerActivations | Tensor]
+        self, row: PackedRow, attention: PackedAttention, grad_TD: Tensor, kept: list[LayerActivations | Tensor]
     ) -> Generator[None, None, None]:
         """Adapter gradients of every layer. grad_TD: float32 gradient by the last layer's output, overwritten."""
-        attention = self._packed_attention(row)
         rope = rope_table(self.config.rope, row.positions_T, self.dtype)
         for index in range(self.config.num_layers - 1, -1, -1):
             more, act = index > 0 or row.adapts(0, QKV, O), kept[index]
@@ -208,7 +198,7 @@ class Decoder:
             if more or row.adapts(0, GATE_UP, DOWN):
                 self._backward_mlp(index, act, grad_TD, row, needs_input_grad=more)
             if more:
-                self._backward_attention(index, act, grad_TD, row, rope)
+                self._backward_attention(index, act, grad_TD, row, rope, attention)
             yield
 
     def _backward_mlp(
@@ -237,7 +227,13 @@ class Decoder:
         grad_TD.add_(rms_norm_backward(self.ws, grad_normed_TD, act.mid_TD, w.mlp_norm_D, act.mid_rstd))
 
     def _backward_attention(
-        self, index: int, act: LayerActivations, grad_TD: Tensor, row: PackedRow, rope: RopeTable
+        self,
+        index: int,
+        act: LayerActivations,
+        grad_TD: Tensor,
+        row: PackedRow,
+        rope: RopeTable,
+        attention: PackedAttention,
     ) -> None:
         c, w = self.config, self.weights.layers[index]
         num_tokens = len(grad_TD)
@@ -246,15 +242,7 @@ class Decoder:
         w.o.backward(grad_out, grad_attn_TH)
         lora_backward(grad_out, act.attn_TH, grad_attn_TH, row.segments, (index, O))
         grad_qkv_NTE = self._buffer("grad_qkv", *act.qkv_NTE.shape)
-        qkv, grads, grad_attn = (
-            self.split_heads(act.qkv_NTE),
-            self.split_heads(grad_qkv_NTE),
-            self.grouped(grad_attn_TH),
-        )
-        for start, end in row.sequences:
-            q, k, v = (t[..., start:end, :] for t in qkv)
-            grad_q, grad_k, grad_v = (t[..., start:end, :] for t in grads)
-            attend_backward(self.ws, grad_attn[start:end], (q, k, v), (grad_q, grad_k, grad_v))
+        attention.backward(grad_attn_TH, act.qkv_NTE, grad_qkv_NTE)
         grad_raw_TO = self._rotate_heads_backward(grad_qkv_NTE, act, w, rope)
         assert act.x_rstd is not None
         normed_TD = self._buffer("normed", num_tokens, c.hidden_size)

@@ -196,7 +196,7 @@ class Sampler:
         self, tokens: list[int], positions: list[int], segments: list[Segment], attention: Attention
     ) -> Tensor:
         device = self._decoder.device
-        row = PackedRow(torch.tensor(tokens, device=device), torch.tensor(positions, device=device), [], segments)
+        row = PackedRow(torch.tensor(tokens, device=device), torch.tensor(positions, device=device), segments)
         work = self._decoder.forward(row, attention, keep=False)
         while True:
             try:
