@@ -25,6 +25,7 @@ class Settings:
     num_threads: compute threads (MINT_THREADS).
     max_tokens_per_pass: tokens of one training pass (MINT_MAX_TOKENS_PER_PASS).
     recompute_layers: layers whose activations are computed again in backward instead of kept (MINT_RECOMPUTE_LAYERS).
+    batch_invariant: a datum's and a sequence's numbers depend on no neighbour, in float32 too (MINT_BATCH_INVARIANT=1).
     memory_gb: memory to plan with, in GB of 1e9 bytes, instead of the machine's (MINT_MEMORY_GB).
     backend: "decoder" (MinT's own) or "hf" (transformers) for every model (MINT_BACKEND).
     cache_gb: how large the cache of conversions may grow, in GB of 1e9 bytes (MINT_CACHE_GB, default 2).
@@ -41,6 +42,7 @@ class Settings:
     cache_gb: int = 2
     recompute_layers: int | None = None
     memory_gb: int | None = None
+    batch_invariant: bool = False
     base_url: str | None = None
     api_key: str | None = None
 
@@ -127,6 +129,7 @@ def load() -> Settings:
         cache_gb=_whole("MINT_CACHE_GB", 1) or 2,
         recompute_layers=_whole("MINT_RECOMPUTE_LAYERS", 0),
         memory_gb=_whole("MINT_MEMORY_GB", 1),
+        batch_invariant=_one_of("MINT_BATCH_INVARIANT", ("0", "1")) == "1",
         base_url=env.get("MINT_BASE_URL") or env.get("TINKER_BASE_URL") or None,
         api_key=env.get("MINT_API_KEY") or env.get("TINKER_API_KEY") or None,
     )

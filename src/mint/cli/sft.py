@@ -260,6 +260,7 @@ def _print_plan(plan: dict[str, Any], console: Console) -> None:
         "steps": f"{plan['steps']} ({plan['epochs']} epochs)",
         "tokens": f"{plan['tokens']:,} (about {plan['tokens_per_step']:,} a step)",
         "tokens of one pass": f"at most {plan['max_tokens_per_pass']:,}",
+        "layers computed twice": str(plan["recomputed_layers"]),
         "trained values": f"{plan['trained_values']:,}",
         "memory after two steps": f"{plan['memory_bytes'] / 2**30:.2f} GiB",
         "speed of two steps": f"{plan['tokens_per_second']} tokens/s",

@@ -58,11 +58,13 @@ class RunPlan:
 
 @dataclass(frozen=True, slots=True)
 class RunReport:
-    """What adding a run made: the modules wrapped, the number of trained values, and its plan."""
+    """What adding a run made: the modules wrapped, the number of trained values, its plan, and of how many layers a full
+    pass computes the activations twice (which changes no bits and is no part of the plan)."""
 
     modules: tuple[str, ...]
     num_parameters: int
     plan: RunPlan
+    recomputed_layers: int = 0
 
 
 @dataclass(frozen=True, slots=True, repr=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Generator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -28,7 +29,7 @@ from mint.engine.lora import AdapterWeights, Segment, adapter_layout, adapter_we
 from mint.engine.models.decoder import Decoder, PackedRow
 from mint.engine.models.head import Head, Targets, rows_per_chunk
 from mint.engine.models.weights import load_weights, read_config, read_json
-from mint.engine.plan import BEST_TOKENS_PER_PASS, PassMemory, Plan, make_plan, pass_budget
+from mint.engine.plan import BEST_TOKENS_PER_PASS, ONE_DATUM_PER_PASS, PassMemory, Plan, make_plan, pass_budget
 from mint.engine.runs import TrainingRun, custom_in_passes, flat_parameters
 from mint.engine.sampling.choose import top_logprobs
 from mint.engine.sampling.sampler import Sampler
@@ -72,6 +73,7 @@ class DecoderBackend:
                 self._adapters,
                 prefix_bytes=int(self._device.memory_bytes * PREFIX_CACHE_SHARE),
                 sequence_bytes=int(self._device.memory_bytes * SEQUENCES_SHARE),
+                batch_invariant=settings.batch_invariant,
             )
         return_freed_memory(self._device.torch_device)  # what reading the files took
         self._next_handle = 0
@@ -104,10 +106,15 @@ class DecoderBackend:
     def add_run(self, run_id: str, lora: LoraConfig, seed: int) -> RunReport:
         decoder = self._trainer.decoder
         layout = adapter_layout(decoder.config, lora)
-        plan = make_plan(self._pass_memory, self._free_bytes, self._settings.max_tokens_per_pass)
+        asked = ONE_DATUM_PER_PASS if self._settings.batch_invariant else self._settings.max_tokens_per_pass
+        plan = make_plan(self._pass_memory, self._free_bytes, asked)
         self._trainer.runs[run_id] = TrainingRun(layout, seed, plan, decoder.device, decoder.dtype)
         logger.info("%s: %s", run_id, self._plan_text(plan))
-        return self._trainer.runs[run_id].report(self._limits)
+        return self._report(run_id)
+
+    def _report(self, run_id: str) -> RunReport:
+        report = self._trainer.runs[run_id].report(self._limits)
+        return replace(report, recomputed_layers=self._recomputed_layers(report.plan.max_tokens_per_pass))
 
     @property
     def _free_bytes(self) -> int:
@@ -120,18 +127,22 @@ class DecoderBackend:
         return self._pass_memory.recomputed_layers(num_tokens, pass_budget(self._free_bytes))
 
     def _plan_text(self, plan: Plan) -> str:
-        layers, longest = self._pass_memory.config.num_layers, plan.max_tokens
-        recomputed = {n: self._recomputed_layers(n) for n in (plan.max_tokens_per_pass, longest)}
-        sizes = {n: self._pass_memory.of_pass(n, r) / 2**30 for n, r in recomputed.items()}
-        return "; ".join(
-            f"{what} {n:,} tokens: {sizes[n]:.2f} GiB, {r} of {layers} layers recomputed in backward"
-            for what, (n, r) in zip(("passes of up to", "a datum of up to"), recomputed.items(), strict=False)
-        )
+        """For the log."""
+        passes = "every datum is a pass of its own"
+        if plan.max_tokens_per_pass > ONE_DATUM_PER_PASS:
+            passes = f"passes of up to {self._cost_text(plan.max_tokens_per_pass)}"
+        return f"{passes}; a datum of up to {self._cost_text(plan.max_tokens)}"
+
+    def _cost_text(self, num_tokens: int) -> str:
+        recomputed, layers = self._recomputed_layers(num_tokens), self._pass_memory.config.num_layers
+        size = self._pass_memory.of_pass(num_tokens, recomputed) / 2**30
+        return f"{num_tokens:,} tokens ({size:.2f} GiB, {recomputed} of {layers} layers recomputed in backward)"
 
     def use_plan(self, run_id: str, plan: RunPlan) -> RunReport:
-        run = self._trainer.runs[run_id]
-        run.follow(plan, self._limits)
-        return run.report(self._limits)
+        if self._settings.batch_invariant:
+            plan = replace(plan, max_tokens_per_pass=ONE_DATUM_PER_PASS)
+        self._trainer.runs[run_id].follow(plan, self._limits)
+        return self._report(run_id)
 
     def remove_run(self, run_id: str) -> None:
         del self._trainer.runs[run_id]

@@ -18,12 +18,17 @@ from mint.errors import InputError
 BEST_TOKENS_PER_PASS = 2048  # larger passes gain no speed on the processors measured, and hold the engine longer
 GOOD_TOKENS_PER_PASS = 1024  # smaller ones lose more than recomputing does
 MIN_TOKENS_PER_PASS = 256
+ONE_DATUM_PER_PASS = 1
 KERNEL_CACHE_BYTES = 64 * 2**20  # compiled kernels, one for each shape that occurs
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """max_tokens_per_pass: datums are packed up to it. max_tokens: what memory allows; a longer datum is refused."""
+    """max_tokens_per_pass: datums are packed up to it. max_tokens: what memory allows; a longer datum is refused.
+
+    A datum longer than a pass goes alone. So passes of 1 token have every datum go alone, and its numbers, shapes of products
+    included, depend on no other: the batch-invariant mode.
+    """
 
     max_tokens_per_pass: int
     max_tokens: int

@@ -103,6 +103,7 @@ class TrainingOps:
             dtype=limits.dtype,
             num_threads=limits.num_threads,
             max_tokens_per_pass=run.report.plan.max_tokens_per_pass,
+            recomputed_layers=run.report.recomputed_layers,
         )
 
     def get_info(self, run_id: str) -> Future[GetInfoResponse]:

@@ -313,6 +313,7 @@ def dry_run(config: ChatSftConfig, console: Console | None = None) -> dict[str, 
         "tokens_per_step": round(tokens_per_step),
         "tokens": round(tokens_per_step * config.num_steps),
         "max_tokens_per_pass": info.max_tokens_per_pass,
+        "recomputed_layers": info.recomputed_layers,
         "trained_values": info.num_parameters,
         "tokens_per_second": round(speed, 1),
         # a forward pass costs about a third of forward and backward

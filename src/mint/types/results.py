@@ -123,6 +123,7 @@ class GetInfoResponse(BaseModel):
     dtype: str | None = None
     num_threads: int | None = None
     max_tokens_per_pass: int | None = None
+    recomputed_layers: int | None = None
 
 
 class SupportedModel(BaseModel):

@@ -19,7 +19,7 @@ ROW_STEP = 32  # a pass has a multiple of it in rows, so that few shapes occur
 
 @dataclass(frozen=True, slots=True)
 class Kernels:
-    """What may be done at once without changing a sequence's bits; float32 promises a tolerance, not bits.
+    """What may be done at once without changing a sequence's bits.
 
     row_multiple: each adapter's rows of a decode step are filled up to a multiple of it. packs_prompts: prompts share a
     pass. attends_together: sequences share the products of attention.
@@ -30,9 +30,12 @@ class Kernels:
     attends_together: bool
 
 
-def examine_kernels(decoder: Decoder) -> Kernels:
+def examine_kernels(decoder: Decoder, *, batch_invariant: bool) -> Kernels:
+    """float32 promises a tolerance, not bits, and its kernels differ with the number of rows: so everything at once, or
+    with `batch_invariant` nothing."""
     if decoder.dtype == torch.float32:
-        return Kernels(1, packs_prompts=True, attends_together=True)
+        together = not batch_invariant
+        return Kernels(1 if together else MAX_ROWS, packs_prompts=together, attends_together=together)
     # a single row takes kernels of its own, so the rows of every adapter come in pairs
     pairs_agree = rows_are_independent(decoder, range(2, MAX_ROWS + 1, 2))
     return Kernels(

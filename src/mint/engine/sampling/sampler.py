@@ -52,6 +52,7 @@ class Sampler:
         *,
         prefix_bytes: int,
         sequence_bytes: int,
+        batch_invariant: bool,
     ) -> None:
         self._decoder, self._head, self._adapters = decoder, head, adapters
         self._waiting: dict[int, Request] = {}
@@ -60,6 +61,7 @@ class Sampler:
         self._prefixes = PrefixCache(prefix_bytes)
         self._caches = GrowingCaches(decoder.config, decoder.dtype, decoder.device)
         self._max_bytes, self._position_bytes = sequence_bytes, position_bytes(decoder.config, decoder.dtype)
+        self._batch_invariant = batch_invariant
         self._prefills = 0  # since the last decode step
         self._next = 0
 
@@ -67,7 +69,7 @@ class Sampler:
     def _kernels(self) -> Kernels:
         """Prepared with the first request: whoever only trains needs no second copy of the weights."""
         self._decoder.weights.pack()
-        return examine_kernels(self._decoder)
+        return examine_kernels(self._decoder, batch_invariant=self._batch_invariant)
 
     @property
     def num_requests(self) -> int:
