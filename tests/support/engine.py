@@ -54,9 +54,14 @@ VOCAB = tiny_models.TinyShape().vocab_size
 
 
 def open_backend(
-    folder: Path, dtype: str = "float32", *, max_tokens_per_pass: int | None = None, num_threads: int = 1
+    folder: Path,
+    dtype: str = "float32",
+    *,
+    max_tokens_per_pass: int | None = None,
+    recompute_layers: int | None = None,
+    num_threads: int = 1,
 ) -> DecoderBackend:
-    settings = Settings(folder, None, dtype, num_threads, max_tokens_per_pass)
+    settings = Settings(folder, None, dtype, num_threads, max_tokens_per_pass, recompute_layers=recompute_layers)
     return DecoderBackend(folder, folder.name, settings)
 
 

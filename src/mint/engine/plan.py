@@ -19,7 +19,10 @@ BEST_TOKENS_PER_PASS = 2048  # larger passes gain no speed on the processors mea
 GOOD_TOKENS_PER_PASS = 1024  # smaller ones lose more than recomputing does
 MIN_TOKENS_PER_PASS = 256
 ONE_DATUM_PER_PASS = 1
-KERNEL_CACHE_BYTES = 64 * 2**20  # compiled kernels, one for each shape that occurs
+# A bf16 product on a processor is compiled for each shape that occurs, and takes so much; seen in resident memory.
+KERNEL_BYTES = 600_000
+KERNELS_OF_PASS = 36  # for products of all its rows
+KERNELS_OF_BLOCK = 7  # for attention's, of a block of query rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,27 +53,38 @@ class PassMemory:
 
     @property
     def per_token(self) -> int:
-        """For each token with every layer recomputed: the layers' inputs, one layer's work, float32 residuals, attention."""
+        """For each token with every layer recomputed: the layers' inputs, one layer's work, float32 residuals and norms."""
         c, element = self.config, self.element_size
         inputs = (c.num_layers + 1) * c.hidden_size * element
         heads = c.qkv_size + (c.q_size + c.kv_size if c.qk_norm else c.qkv_size)  # raw or normalised, and its gradient
-        work = (5 * c.intermediate_size + c.q_size + c.qkv_size + heads + 5 * c.hidden_size) * element
-        float32_work = 5 * c.hidden_size * 4
-        attention = 3 * c.num_heads * QUERY_BLOCK * element  # of one block of query rows, for each key
-        return inputs + work + float32_work + attention
+        gathered = 2 * c.qkv_size + c.q_size  # attention's operands and results
+        work = (5 * c.intermediate_size + c.q_size + c.qkv_size + heads + gathered + 5 * c.hidden_size) * element
+        normed = max(c.hidden_size, c.q_size if c.qk_norm else 0)
+        return inputs + work + (2 * c.hidden_size + 2 * normed) * 4
+
+    @property
+    def per_key(self) -> int:
+        """For each token of the longest datum: attention's scores of one block of query rows, in forward and backward."""
+        scores = 3 * self.config.num_heads * QUERY_BLOCK * self.element_size
+        return scores + self._kernels(KERNELS_OF_BLOCK) // QUERY_BLOCK
+
+    def _kernels(self, count: int) -> int:
+        return count * KERNEL_BYTES if self.element_size == 2 else 0
 
     @property
     def fixed(self) -> int:
-        """Whatever the length: the logits of a chunk, its float32 softmax, the layout of the largest matrix, kernels."""
+        """Whatever the length: the logits of a chunk, the float32 softmax of some rows, kernels."""
         c, rows = self.config, rows_per_chunk(self.config.vocab_size)
         chunk = rows * (c.vocab_size * self.element_size + 3 * c.hidden_size * 4)
-        return chunk + SOFTMAX_ROWS * c.vocab_size * 4 * 3 + KERNEL_CACHE_BYTES
+        return chunk + SOFTMAX_ROWS * c.vocab_size * 4 + self._kernels(KERNELS_OF_PASS)
 
-    def of_pass(self, num_tokens: int, recomputed: int) -> int:
-        """Of a pass of so many tokens with the activations of `recomputed` layers computed twice."""
+    def of_pass(self, num_tokens: int, recomputed: int, longest: int | None = None) -> int:
+        """Of a pass of so many tokens with the activations of `recomputed` layers computed twice. `longest`: tokens of its
+        longest datum, by default of its only one."""
         # one layer's activations exist at a time where none of the recomputed ones is kept
         kept = self.config.num_layers - recomputed + (recomputed > 0)
-        return self.fixed + num_tokens * (self.per_token + kept * self.kept_per_layer)
+        keys = self.per_key * (num_tokens if longest is None else longest)
+        return self.fixed + num_tokens * (self.per_token + kept * self.kept_per_layer) + keys
 
     def most_tokens(self, budget: int, recomputed: int) -> int:
         """The longest pass that stays within `budget` bytes."""

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mint.engine.workspace import Workspace
 
-QUERY_BLOCK = 128
+QUERY_BLOCK = 256
 
 
 @cache
