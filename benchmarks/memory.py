@@ -1,4 +1,4 @@
-"""Peak memory of a training pass against what was planned for it, over lengths, vocabularies and model sizes; JSON lines.
+"""Peak memory of a training pass against what was planned for it, over lengths, vocabularies and model sizes; one JSON line.
 
 Each pass runs in a process of its own, after a short one that makes kernels and threads allocate what they keep.
 """
@@ -13,7 +13,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from peers import machine
+from peers import machine, spread
 from shapes import SHAPES, write_random_model
 
 # (shape, lengths of the datums of a pass, layers recomputed)
@@ -96,6 +96,7 @@ def main() -> None:
         folder, recomputed, dtype, lengths = args.child
         child(Path(folder), int(recomputed), dtype, json.loads(lengths))
         return
+    passes = []
     with tempfile.TemporaryDirectory() as place:
         for shape, lengths, recomputed in GRID + LONG * args.long:
             if args.shape in (None, shape):
@@ -112,8 +113,12 @@ def main() -> None:
                     json.dumps(lengths),
                 ]
                 done = subprocess.run(command, check=True, capture_output=True, text=True)
-                facts = {"benchmark": "memory", "shape": shape, "lengths": lengths, "recomputed_layers": recomputed}
-                print(json.dumps({**facts, **json.loads(done.stdout), **machine()}), flush=True)
+                passes.append(
+                    {"shape": shape, "lengths": lengths, "recomputed_layers": recomputed, **json.loads(done.stdout)}
+                )
+                print(json.dumps(passes[-1]), file=sys.stderr, flush=True)
+    ratios = spread([one["planned_over_measured"] for one in passes])
+    print(json.dumps({"benchmark": "memory", "planned_over_measured": ratios, "passes": passes, **machine()}))
 
 
 if __name__ == "__main__":

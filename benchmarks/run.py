@@ -1,6 +1,6 @@
 """All benchmarks one after the other, each in processes of its own: results/MACHINE.json and the bar chart of the README.
 
-    make bench                            # everything, about half an hour
+    make bench                            # everything, about three quarters of an hour
     python benchmarks/run.py sft limits   # some of it; what was measured before stays in the file
     python benchmarks/run.py --chart      # only draw what is in the file
 
@@ -32,6 +32,9 @@ COMMANDS = {
     "sampling": ["sampling.py", "--pairs", "5", "--batches", "1,8,32,128"],
     "limits": ["limits.py", "--pairs", "7"],
     "tenants": ["tenants.py", "--pairs", "7"],
+    "fairness": ["fairness.py"],
+    "invariant": ["invariant.py"],
+    "memory": ["memory.py"],
     "data": ["data.py", "--part", "rendering", "--pairs", "5", "--rows", "400"],
     "startup": ["startup.py"],
 }
