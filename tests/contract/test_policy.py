@@ -348,6 +348,26 @@ def test_a_work_of_several_passes_lets_others_in_between(scheduler: Scheduler, c
     assert backend.log == ["begin", "end", "b", "begin", "end", "b", "begin", "end"]
 
 
+def test_what_waits_for_all_before_it_does_and_what_does_not_comes_between_passes(
+    scheduler: Scheduler, clock: Clock
+) -> None:
+    backend = CountingBackend(clock)
+    scheduler.add_queue("a", "x")
+    let_go = hold(scheduler)
+    futures = [submit(scheduler, backend, "a", 1, num_datums=5), submit(scheduler, backend, "a", 2)]
+    clock.now += 1
+    futures += [
+        scheduler.submit(
+            None, None, CallJob(lambda waits=waits: backend.log.append(f"waits={waits}"), Future()), waits=waits
+        )
+        for waits in (True, False)
+    ]
+    let_go.set()
+    for future in futures:
+        future.result(GUARD)
+    assert backend.log == ["a", "waits=False", *["a"] * 5, "waits=True"]
+
+
 def test_removing_a_run_between_its_micro_batches_ends_its_work(scheduler: Scheduler, clock: Clock) -> None:
     backend, closed = CountingBackend(clock), threading.Event()
     for run_id in "ab":
@@ -366,7 +386,7 @@ def test_removing_a_run_between_its_micro_batches_ends_its_work(scheduler: Sched
 
     endless = scheduler.submit("a", 1, WorkJob(work, Future()))
     many = submit(scheduler, backend, "b", 1, num_datums=10**4)
-    scheduler.post(remove).result(GUARD)
+    scheduler.submit(None, None, CallJob(remove, Future()), waits=False).result(GUARD)
     for future in (endless, many):
         with pytest.raises(ClosedError, match="was unloaded before this operation ran"):
             future.result(GUARD)

@@ -84,10 +84,11 @@ class Core:
                 "use MinT in the parent, or start workers with the 'spawn' method and a ServiceClient of their own"
             )
 
-    def call(self, function: Callable[[], T]) -> Future[T]:
-        """Run a short function on the engine thread, in no run's order."""
+    def call(self, function: Callable[[], T], *, waits: bool = True) -> Future[T]:
+        """Run a short function on the engine thread, in no run's order: when everything asked for before is done, or
+        without `waits` between two passes."""
         self.check_process()
-        return self.scheduler.submit(None, None, CallJob(function, Future()))
+        return self.scheduler.submit(None, None, CallJob(function, Future()), waits=waits)
 
     def release(self, function: Callable[[], T]) -> Future[T]:
         """As `call`, and allowed from finalisers, which may run on any thread."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from mint.engine.backend import Backend, MicroBatch, PartResult, PausingWork
+from mint.local.policy import Head
 from mint.types.requests import TrainingInput
 
 PassMode = Literal["forward", "forward_backward"]
@@ -83,6 +84,19 @@ class CallJob:
 
 
 Job = PassJob | WorkJob | CallJob
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class LooseJob:
+    """A job of no run. waits: until everything is done that was asked for before it; else it may come between the passes of
+    what has begun."""
+
+    arrived: float
+    job: Job
+    waits: bool
+
+    def may_go(self, heads: Sequence[Head]) -> bool:
+        return all(self.arrived <= head.arrived for head in heads if self.waits or not head.begun)
 
 
 def trained_backend(job: Job) -> Backend | None:

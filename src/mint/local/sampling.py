@@ -51,7 +51,7 @@ class SamplingOps:
                 record = SamplerRecord(self._tenant, name, source, backend, adapter, model_path)
                 return SamplingSession(add_sampler(core, session_id, session, record), name, model_path)
 
-            return core.call(load).result()
+            return core.call(load, waits=False).result()
 
         return core.background(create)
 
@@ -90,7 +90,7 @@ class SamplingOps:
         if sample_input.prompt_logprobs or sample_input.num_prompt_topk:
             topk = sample_input.num_prompt_topk
             job = WorkJob(lambda: record.backend.score_prompt(prompt, record.adapter, topk), Future())
-            futures.append(core.scheduler.submit(None, None, job))
+            futures.append(core.scheduler.submit(None, None, job, waits=False))
         return combine(futures, lambda results: _response(sample_input, results))
 
     def _request(

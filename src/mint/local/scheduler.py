@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import math
 import threading
 import time
 from collections.abc import Callable
@@ -17,7 +16,7 @@ from typing import Any
 
 from mint.engine.backend import PAUSE, Backend, GenerateRequest, Generation, Part, join_results
 from mint.errors import ClosedError, OperationError
-from mint.local.jobs import CallJob, Job, PassJob, RunQueue, Work, WorkJob, trained_backend
+from mint.local.jobs import CallJob, Job, LooseJob, PassJob, RunQueue, Work, WorkJob, trained_backend
 from mint.local.policy import Head, Kind, charge, next_heads, next_kind, whose_turn
 
 logger = logging.getLogger("mint")
@@ -35,7 +34,7 @@ class Scheduler:
     def __init__(self) -> None:
         self._changed = threading.Condition()
         self._queues: dict[str, RunQueue] = {}
-        self._loose: list[tuple[float, Job]] = []  # jobs of no run, in order
+        self._loose: list[LooseJob] = []  # in order
         self._samples: dict[tuple[int, int], tuple[Backend, Future[Generation]]] = {}
         self._new_samples: list[tuple[Backend, GenerateRequest, Future[Generation]]] = []
         self._current: _Current | None = None
@@ -69,8 +68,8 @@ class Scheduler:
                 "a loss function runs inside the engine and cannot call MinT; compute outside and pass the numbers in"
             )
 
-    def submit(self, run_id: str | None, seq_id: int | None, job: Job) -> Future[Any]:
-        """Set the job running in its turn; `seq_id` None is the run's next.
+    def submit(self, run_id: str | None, seq_id: int | None, job: Job, *, waits: bool = True) -> Future[Any]:
+        """Set the job running in its turn; `seq_id` None is the run's next. `waits`: see LooseJob, for one of no run.
 
         Raises ClosedError after `close`, OperationError from the engine thread.
         """
@@ -80,7 +79,7 @@ class Scheduler:
             if self._closing:
                 raise ClosedError("this MinT service is closed; make a new ServiceClient")
             if run_id is None:
-                self._loose.append((time.monotonic(), job))
+                self._loose.append(LooseJob(time.monotonic(), job, waits))
             else:
                 queue = self._queues.get(run_id)
                 if queue is None:
@@ -100,7 +99,7 @@ class Scheduler:
             if self._closing:
                 job.future.set_exception(ClosedError("this MinT service is closed"))
             else:
-                self._loose.append((time.monotonic(), job))
+                self._loose.append(LooseJob(time.monotonic(), job, waits=True))
                 self._changed.notify()
         return job.future
 
@@ -228,9 +227,10 @@ class Scheduler:
         """Begin or go on with what goes now. A job's place in its queue is kept until it is done."""
         heads = self._heads()
         with self._changed:
-            fresh = [head.arrived for head in heads if not head.begun]
-            if self._loose and self._loose[0][0] <= min(fresh, default=math.inf):
-                chosen = [("", self._loose.pop(0)[1])]
+            loose = next((loose for loose in self._loose if loose.may_go(heads)), None)
+            if loose is not None:
+                self._loose.remove(loose)
+                chosen = [("", loose.job)]
             else:
                 runs = next_heads(heads, self._last_turn)
                 chosen = [(run_id, self._queues[run_id].head()) for run_id in runs]
@@ -315,7 +315,7 @@ class Scheduler:
 
     def _fail_all(self, error: BaseException) -> None:
         with self._changed:
-            queued = [job for _, job in self._loose]
+            queued = [loose.job for loose in self._loose]
             queued += [job for queue in self._queues.values() for _, job in queue.jobs.values()]
             if self._current is not None:
                 queued += [job for _, job in self._current.jobs]

@@ -81,7 +81,7 @@ class TrainingOps:
                 core.scheduler.add_queue(run_id, self._tenant)
                 return self._info(run_id)
 
-            return core.call(load).result()
+            return core.call(load, waits=False).result()
 
         return core.background(create)
 
