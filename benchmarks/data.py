@@ -28,7 +28,7 @@ from typing import Any
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import psutil
-from peers import BASE_MODEL, LEARNING_RATE, RANK, machine
+from peers import BASE_MODEL, LEARNING_RATE, RANK, machine, spread
 
 import mint
 from mint import types
@@ -85,13 +85,6 @@ def compare(rows: Sequence[Conversation], ours: Sequence[Any], theirs: Sequence[
                 raise SystemExit(f"the two compute different things for {row!r}")
             compared += 1
     return compared
-
-
-def spread(values: Sequence[float], digits: int = 2) -> list[float]:
-    """Median, smallest, largest."""
-    ordered = sorted(values)
-    middle = (ordered[(len(ordered) - 1) // 2] + ordered[len(ordered) // 2]) / 2
-    return [round(value, digits) for value in (middle, ordered[0], ordered[-1])]
 
 
 def rows_of(file: str | None, shape: tuple[int, int], number: int, count: int) -> list[Conversation]:

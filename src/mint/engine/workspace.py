@@ -10,6 +10,8 @@ import math
 import torch
 from torch import Tensor
 
+MOST_SPARE_BYTES = 2**26  # of one buffer; what does not grow with the pass would get far too much
+
 
 class Workspace:
     """Named scratch tensors. A name's storage grows to the largest size asked for; contents are whatever was left."""
@@ -31,7 +33,8 @@ class Workspace:
         flat = self._storage.get((name, dtype))
         if flat is None or flat.numel() < size:
             self._storage.pop((name, dtype), None)  # free before allocating the larger one
-            flat = torch.empty(math.ceil(size * self._room), dtype=dtype, device=self._device)
+            most = size + MOST_SPARE_BYTES // dtype.itemsize
+            flat = torch.empty(min(math.ceil(size * self._room), most), dtype=dtype, device=self._device)
             self._storage[name, dtype] = flat
         return flat[:size].view(shape)
 
