@@ -254,12 +254,17 @@ def _free_folder() -> Path:
     return folder
 
 
+def _pass_text(max_tokens: int) -> str:
+    """A datum longer than a pass goes alone, so passes of 1 token mean: every one."""
+    return f"at most {max_tokens:,}" if max_tokens > 1 else "those of one conversation"
+
+
 def _print_plan(plan: dict[str, Any], console: Console) -> None:
     table = Table("what", "planned", title="dry run: nothing was saved")
     shown = {
         "steps": f"{plan['steps']} ({plan['epochs']} epochs)",
         "tokens": f"{plan['tokens']:,} (about {plan['tokens_per_step']:,} a step)",
-        "tokens of one pass": f"at most {plan['max_tokens_per_pass']:,}",
+        "tokens of one pass": _pass_text(plan["max_tokens_per_pass"]),
         "layers computed twice": str(plan["recomputed_layers"]),
         "trained values": f"{plan['trained_values']:,}",
         "memory after two steps": f"{plan['memory_bytes'] / 2**30:.2f} GiB",
