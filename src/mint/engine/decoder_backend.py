@@ -29,7 +29,7 @@ from mint.engine.lora import AdapterWeights, Segment, adapter_layout, adapter_we
 from mint.engine.models.decoder import Decoder, PackedRow
 from mint.engine.models.head import Head, Targets, rows_per_chunk
 from mint.engine.models.weights import load_weights, read_config, read_json
-from mint.engine.plan import BEST_TOKENS_PER_PASS, ONE_DATUM_PER_PASS, PassMemory, Plan, make_plan, pass_budget
+from mint.engine.plan import ONE_DATUM_PER_PASS, PassMemory, Plan, make_plan, pass_budget
 from mint.engine.runs import TrainingRun, custom_in_passes, flat_parameters
 from mint.engine.sampling.choose import top_logprobs
 from mint.engine.sampling.sampler import Sampler
@@ -61,8 +61,7 @@ class DecoderBackend:
         with torch.inference_mode():
             weights = load_weights(folder, config, self._device.dtype, self._device.torch_device)
             self._pass_memory = PassMemory(config, self._device.dtype.itemsize)
-            expected = settings.max_tokens_per_pass or BEST_TOKENS_PER_PASS
-            decoder = Decoder(config, weights, Workspace(self._device.torch_device, expected))
+            decoder = Decoder(config, weights, Workspace(self._device.torch_device))
             self._trainer = Trainer(decoder, self._recomputed_layers)
             # a paused training pass keeps its buffers, so the sampler has its own
             sampling = Decoder(config, weights, Workspace(self._device.torch_device))

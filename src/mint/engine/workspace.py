@@ -10,18 +10,17 @@ import math
 import torch
 from torch import Tensor
 
-MOST_SPARE_BYTES = 2**26  # of one buffer; what does not grow with the pass would get far too much
-
 
 class Workspace:
     """Named scratch tensors. A name's storage grows to the largest size asked for; contents are whatever was left."""
 
-    def __init__(self, device: torch.device, expected_tokens: int = 0) -> None:
+    def __init__(self, device: torch.device) -> None:
         self._device = device
         self._storage: dict[tuple[str, torch.dtype], Tensor] = {}
-        self._expected = expected_tokens if device.type == "cpu" else 0
-        self._largest = self._expected  # tokens of a pass
-        self._room = 1.0
+        # what was handed out last: making a view anew takes as long as a small operation of a decode step
+        self._views: dict[tuple[str, torch.dtype], tuple[tuple[int, ...], Tensor]] = {}
+        self._scalars: dict[float, Tensor] = {}
+        self._largest = 0  # tokens of a pass
 
     @property
     def device(self) -> torch.device:
@@ -29,29 +28,46 @@ class Workspace:
 
     def get(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """An uninitialised contiguous tensor; asking again for the same name hands out the same memory."""
+        key = name, dtype
+        last = self._views.get(key)
+        if last is not None and last[0] == shape:
+            return last[1]
         size = math.prod(shape)
-        flat = self._storage.get((name, dtype))
+        flat = self._storage.get(key)
         if flat is None or flat.numel() < size:
-            self._storage.pop((name, dtype), None)  # free before allocating the larger one
-            most = size + MOST_SPARE_BYTES // dtype.itemsize
-            flat = torch.empty(min(math.ceil(size * self._room), most), dtype=dtype, device=self._device)
-            self._storage[name, dtype] = flat
-        return flat[:size].view(shape)
+            flat = last = None
+            self._forget(key)  # free before allocating the larger one
+            flat = self._storage[key] = torch.empty(size, dtype=dtype, device=self._device)
+        view = flat[:size].view(shape)
+        self._views[key] = shape, view
+        return view
+
+    def scalar(self, value: float) -> Tensor:
+        """`value` in float32, for operations that take a tensor."""
+        found = self._scalars.get(value)
+        if found is None:
+            found = self._scalars[value] = torch.tensor(value, device=self._device)
+        return found
+
+    def _forget(self, key: tuple[str, torch.dtype]) -> None:
+        self._storage.pop(key, None)
+        self._views.pop(key, None)
 
     def reserve(self, name: str, size: int, dtype: torch.dtype) -> None:
         """Room for `size` values under this name. Growing step by step would leave holes of every size behind."""
-        self.get(name, (size,), dtype)
+        flat = self._storage.get((name, dtype))
+        if flat is None or flat.numel() < size:
+            self.get(name, (size,), dtype)
 
     def begin(self, num_tokens: int) -> None:
-        """Before a pass. What it allocates has room for `expected_tokens`: memory of the processor costs nothing until it is
-        written to. One that is larger yet starts with nothing, so that no holes are left behind."""
+        """Before a pass. One that is larger than any so far starts with nothing, so that no holes are left behind."""
         if num_tokens > self._largest:
             self.clear()
             self._largest = num_tokens
-        self._room = max(self._expected / num_tokens, 1.0)
 
     def num_bytes(self) -> int:
         return sum(t.numel() * t.element_size() for t in self._storage.values())
 
     def clear(self) -> None:
+        self._views.clear()
         self._storage.clear()

@@ -20,6 +20,7 @@ from mint.engine.lora import DOWN, GATE_UP, QKV, O, Segment, lora_backward, lora
 from mint.engine.models.config import DecoderConfig
 from mint.engine.models.ops import (
     RopeTable,
+    halves,
     rms_norm,
     rms_norm_again,
     rms_norm_backward,
@@ -100,8 +101,12 @@ class Decoder:
         kept: list[LayerActivations | Tensor] = []
         x_TD = self._input(num_tokens, 0, keep=keep)
         torch.index_select(self.weights.embed_VD, 0, row.tokens_T, out=x_TD)
+        shared = self._activations(num_tokens, x_TD, "shared") if not keep or recompute else None
         for index in range(layers):
-            act = self._activations(num_tokens, x_TD, str(index) if keep and index >= recompute else "shared")
+            if shared is not None and (not keep or index < recompute):
+                act, act.x_TD = shared, x_TD
+            else:
+                act = self._activations(num_tokens, x_TD, str(index))
             if keep:
                 kept.append(x_TD if index < recompute else act)
             self._forward_to_mlp(index, act, row, rope, attention)
@@ -136,13 +141,13 @@ class Decoder:
     def _forward_mlp(self, index: int, act: LayerActivations, row: PackedRow, out_TD: Tensor) -> Tensor:
         """The next layer's input, in `out_TD` where the kernel allows."""
         w = self.weights.layers[index]
-        hidden_TF = self._silu_gate("mlp", act.gate_up).mul_(act.gate_up.chunk(2, dim=-1)[1])
+        gate, up = halves(act.gate_up)
+        hidden_TF = self._silu("mlp", gate).mul_(up)
         out_TD = w.down.forward(hidden_TF, out_TD, act.mid_TD)
         lora_forward(hidden_TF, out_TD, row.segments, (index, DOWN))
         return out_TD
 
-    def _silu_gate(self, name: str, gate_up: Tensor) -> Tensor:
-        gate = gate_up.chunk(2, dim=-1)[0]
+    def _silu(self, name: str, gate: Tensor) -> Tensor:
         out = self._buffer(name, *gate.shape)
         torch.ops.aten.silu.out(gate, out=out)
         return out
@@ -207,9 +212,10 @@ class Decoder:
         c, w = self.config, self.weights.layers[index]
         num_tokens = len(grad_TD)
         grad_out = self._buffer("grad_out", num_tokens, c.hidden_size).copy_(grad_TD)
-        silu_TF = self._silu_gate("silu", act.gate_up)
+        gate, up = halves(act.gate_up)
+        silu_TF = self._silu("silu", gate)
         hidden_TF = self._buffer("mlp", num_tokens, c.intermediate_size)
-        torch.mul(silu_TF, act.gate_up.chunk(2, dim=-1)[1], out=hidden_TF)
+        torch.mul(silu_TF, up, out=hidden_TF)
         grad_hidden_TF = self._buffer("grad_mlp", num_tokens, c.intermediate_size)
         w.down.backward(grad_out, grad_hidden_TF)
         lora_backward(grad_out, hidden_TF, grad_hidden_TF, row.segments, (index, DOWN))

@@ -275,7 +275,9 @@ class Sampler:
 
         def attention(index: int, qkv_NTE: Tensor, out_TH: Tensor) -> None:
             q_BKGE = decoder.split_heads(qkv_NTE)[0].permute(2, 0, 1, 3)
-            new, out = decoder.keys_values(qkv_NTE), decoder.grouped(out_TH.zero_())
+            new, out = decoder.keys_values(qkv_NTE), decoder.grouped(out_TH)
+            if index == 0:
+                out_TH.zero_()  # nothing writes the rows of padding
             for part in parts:
                 part(index, q_BKGE, new, out)
 

@@ -128,27 +128,35 @@ class SlabAttention:
     def __init__(self, members: Sequence[tuple[int, Place]], num_kv: int, group: int) -> None:
         ordered = sorted(members, key=lambda member: member[1].slot)
         places = [place for _, place in ordered]
-        self._kv, device = places[0].slab.kv, places[0].slab.kv.device
-        self._rows, self._slots, self._positions = (
+        kv, device = places[0].slab.kv, places[0].slab.kv.device
+        self._rows, slots, positions = (
             torch.tensor(numbers, device=device)
             for numbers in ([row for row, _ in ordered], [p.slot for p in places], [p.length for p in places])
         )
+        layers, two, all_slots, _, capacity, head_dim = kv.shape
+        # where a layer's new keys and values go, among all its head rows
+        kinds_2K1 = torch.arange(two, device=device)[:, None, None] * all_slots * num_kv
+        heads_K1 = torch.arange(num_kv, device=device)[:, None]
+        self._head_rows = (((kinds_2K1 + slots * num_kv + heads_K1) * capacity) + positions).flatten()
+        self._flat = kv.view(layers, -1, head_dim)
         # of the step's rows: then nothing has to be gathered
         self._are_first = [row for row, _ in ordered] == list(range(len(ordered)))
-        first, capacity = places[0].slot, places[0].slab.capacity
+        first = places[0].slot
         lie_together = places[-1].slot - first + 1 == len(places)
-        self._chosen: slice | Tensor = slice(first, first + len(places)) if lie_together else self._slots
-        beyond_bn = torch.arange(capacity, device=device) > self._positions[:, None]
-        mask_bn = torch.zeros(beyond_bn.shape, dtype=self._kv.dtype, device=device).masked_fill_(beyond_bn, -math.inf)
+        self._slots = None if lie_together else slots
+        self._kv = kv[:, :, first : first + len(places)].flatten(2, 3) if lie_together else kv
+        beyond_bn = torch.arange(capacity, device=device) > positions[:, None]
+        mask_bn = torch.zeros(beyond_bn.shape, dtype=kv.dtype, device=device).masked_fill_(beyond_bn, -math.inf)
         shape = (len(places), num_kv, group, capacity)
         self._mask = mask_bn[:, None, None].expand(shape).reshape(-1, group, capacity)
 
     def __call__(self, layer: int, q_BKGE: Tensor, new_2KBE: Tensor, out_BKGE: Tensor) -> None:
         """Writes the new keys and values, then the attention of these rows over all there are."""
-        kv, count = self._kv[layer], len(self._rows)
+        count = len(self._rows)
         new = new_2KBE[:, :, :count] if self._are_first else new_2KBE.index_select(2, self._rows)
-        kv[:, self._slots, :, self._positions] = new.permute(2, 0, 1, 3)
-        keys, values = kv[:, self._chosen].flatten(1, 2)
+        self._flat[layer].index_copy_(0, self._head_rows, new.reshape(-1, new.shape[-1]))
+        kv = self._kv[layer]
+        keys, values = kv if self._slots is None else kv.index_select(1, self._slots).flatten(1, 2)
         if self._are_first:
             attend_masked(q_BKGE[:count].flatten(0, 1), keys, values, self._mask, out_BKGE[:count].flatten(0, 1))
         else:
