@@ -60,13 +60,15 @@ def test_sequences_keep_their_own_whatever_the_others_do(config: DecoderConfig, 
             place = expected[key][0]
             caches.make_room(place)
             by_slab.setdefault(place.slab.capacity, []).append((row, place))
-        parts = [SlabAttention(members, num_kv, group) for members in by_slab.values()]
         new = torch.randn(config.num_layers, 2, num_kv, count, config.head_dim)
+        q, out = (torch.zeros(count, num_kv, group, config.head_dim) for _ in range(2))
+        new_of_layer = torch.empty_like(new[0])
+        parts = [SlabAttention(members, q, new_of_layer, out) for members in by_slab.values()]
         for layer in range(config.num_layers):
-            q = torch.randn(count, num_kv, group, config.head_dim)
-            out = torch.zeros_like(q)
+            q.normal_()
+            new_of_layer.copy_(new[layer])
             for part in parts:
-                part(layer, q, new[layer], out)
+                part(layer)
             for row, key in zip(rows, stepping, strict=True):
                 whole = torch.cat([expected[key][1][layer], new[layer][:, :, row, None]], 2)
                 torch.testing.assert_close(out[row].double(), attended(q[row], *whole), rtol=1e-5, atol=1e-5)

@@ -1,10 +1,10 @@
-"""Buffers are handed out again, have room for a full pass, and give way to a larger one."""
+"""Buffers are handed out again and give way to a larger pass."""
 
 from __future__ import annotations
 
 import torch
 
-from mint.engine.workspace import MOST_SPARE_BYTES, Workspace
+from mint.engine.workspace import Workspace
 
 CPU = torch.device("cpu")
 
@@ -20,24 +20,27 @@ def test_a_name_is_the_same_memory_until_more_is_asked_for() -> None:
     assert ws.num_bytes() == 4 * 30 + 2 * 24 + 4 * 24
 
 
-def test_a_short_pass_makes_room_for_the_expected_one() -> None:
-    ws = Workspace(CPU, expected_tokens=100)
-    ws.begin(10)
-    short = ws.get("a", (10, 3), torch.float32)
-    assert ws.num_bytes() == 4 * 100 * 3
-    ws.begin(100)
-    assert ws.get("a", (100, 3), torch.float32).data_ptr() == short.data_ptr()
+def test_the_same_shape_again_is_the_same_tensor() -> None:
+    ws = Workspace(CPU)
+    first = ws.get("a", (4, 6), torch.float32)
+    assert ws.get("a", (4, 6), torch.float32) is first
+    assert ws.get("a", (6, 4), torch.float32).shape == (6, 4)
+    grown = ws.get("a", (8, 6), torch.float32)
+    again = ws.get("a", (4, 6), torch.float32)
+    assert again.data_ptr() == grown.data_ptr()  # not what was handed out before it grew
 
 
-def test_the_room_is_bounded() -> None:
-    ws = Workspace(CPU, expected_tokens=10**9)
-    ws.begin(1)
-    ws.get("a", (8,), torch.float32)
-    assert ws.num_bytes() == 4 * 8 + MOST_SPARE_BYTES
+def test_reserving_makes_room_once() -> None:
+    ws = Workspace(CPU)
+    ws.reserve("a", 100, torch.float32)
+    assert ws.num_bytes() == 400
+    pointer = ws.get("a", (10, 10), torch.float32).data_ptr()
+    ws.reserve("a", 50, torch.float32)
+    assert ws.num_bytes() == 400 and ws.get("a", (100,), torch.float32).data_ptr() == pointer
 
 
-def test_a_larger_pass_than_expected_starts_with_nothing() -> None:
-    ws = Workspace(CPU, expected_tokens=100)
+def test_a_larger_pass_starts_with_nothing() -> None:
+    ws = Workspace(CPU)
     ws.begin(100)
     ws.get("a", (100,), torch.float32)
     ws.begin(101)
@@ -45,3 +48,10 @@ def test_a_larger_pass_than_expected_starts_with_nothing() -> None:
     ws.get("a", (101,), torch.float32)
     ws.begin(50)
     assert ws.num_bytes() == 4 * 101  # kept, also for what is smaller
+
+
+def test_a_scalar_is_made_once() -> None:
+    ws = Workspace(CPU)
+    eps = ws.scalar(1e-5)
+    assert eps.dtype == torch.float32 and eps.item() == torch.tensor(1e-5).item() and ws.scalar(1e-5) is eps
+    assert ws.scalar(1e-6) is not eps

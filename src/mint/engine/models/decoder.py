@@ -94,7 +94,8 @@ class Decoder:
         self, row: PackedRow, attention: Attention, *, keep: bool, recompute: int = 0
     ) -> Generator[None, None, tuple[Tensor, list[LayerActivations | Tensor]]]:
         """The residual stream after the last layer [T, D] and, with `keep`, what backward needs of every layer: its
-        activations or, of the first `recompute` layers, its input alone."""
+        activations or, of the first `recompute` layers, its input alone. Without `keep`, `attention` gets the same
+        tensors in every layer."""
         num_tokens, layers = len(row.tokens_T), self.config.num_layers
         self.ws.begin(num_tokens)
         rope = rope_table(self.config.rope, row.positions_T, self.dtype)

@@ -42,10 +42,11 @@ class Linear:
         """The input's gradient, grad W, into `out_TI`."""
         return torch.mm(grad_TO, self.weight_OI, out=out_TI)
 
-    def pack(self) -> bool:
+    def pack(self, exact_shapes: dict[tuple[int, int, bool], bool]) -> bool:
         """Keep a copy in the layout the processor's bf16 kernel multiplies with: no repacking at every call.
 
-        The operators are not public API of torch, so they are used only where they exist and give the same bits.
+        The operators are not public API of torch, so they are used only where they exist and give the same bits; that is
+        tried once for each shape, and `exact_shapes` remembers it for the other layers.
         """
         if self._packed_OI is None and self.weight_OI.dtype == torch.bfloat16 and self.weight_OI.device.type == "cpu":
             if (
@@ -54,7 +55,11 @@ class Linear:
             ):
                 return False
             self._packed_OI = torch.ops.mkldnn._reorder_linear_weight(self.weight_OI, LAYOUT_ROWS)
-            if not self._packed_is_exact():
+            num_out, num_in = self.weight_OI.shape
+            shape = num_out, num_in, self.bias_O is not None
+            if shape not in exact_shapes:
+                exact_shapes[shape] = self._packed_is_exact()
+            if not exact_shapes[shape]:
                 self._packed_OI = None
         return self._packed_OI is not None
 

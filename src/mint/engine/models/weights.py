@@ -61,7 +61,8 @@ class DecoderWeights:
 
     def pack(self) -> bool:
         """Prepare every projection for decoding; whether all could be (see `Linear.pack`)."""
-        packed = [linear.pack() for linear in self.linears()]
+        exact_shapes: dict[tuple[int, int, bool], bool] = {}
+        packed = [linear.pack(exact_shapes) for linear in self.linears()]
         return all(packed)
 
 

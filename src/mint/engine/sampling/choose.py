@@ -27,9 +27,6 @@ class Choice:
     uniform: float
 
 
-PADDING = Choice(temperature=1.0, top_k=-1, top_p=1.0, uniform=0.0)  # of a row whose token nobody reads
-
-
 def choose(logits_BV: Tensor, choices: Sequence[Choice]) -> tuple[list[int], Tensor]:
     """One token per row by inverting the cumulative distribution after temperature, top-k, then top-p; and each row's
     `log_normaliser`."""

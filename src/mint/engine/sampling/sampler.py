@@ -26,8 +26,8 @@ from mint.engine.models.attention import attend
 from mint.engine.models.decoder import Attention, Decoder, PackedRow
 from mint.engine.models.head import Head
 from mint.engine.sampling.cache import PrefixCache, SequenceCache, position_bytes, prompt_capacity
-from mint.engine.sampling.choose import PADDING, choose, top_logprobs
-from mint.engine.sampling.kernels import MAX_ROWS, PREFILL_CHUNK, ROW_STEP, Kernels, examine_kernels
+from mint.engine.sampling.choose import choose, top_logprobs
+from mint.engine.sampling.kernels import MAX_ROWS, MIN_ROWS, PREFILL_CHUNK, ROW_STEP, Kernels, examine_kernels
 from mint.engine.sampling.request import Chunk, Growing, Prefill, Request, Row, SlabSequence, row_segments
 from mint.engine.sampling.sequence import new_sequence
 from mint.engine.sampling.slabs import GrowingCaches, Place, SlabAttention, slab_capacity
@@ -190,6 +190,8 @@ class Sampler:
                 if not steps or len(steps[-1]) + len(rows) > MAX_ROWS:
                     steps.append([])
                 steps[-1] += rows
+        for step in steps:
+            step += [Row(step[-1].request, None)] * (MIN_ROWS - len(step))
         return steps
 
     # passes
@@ -269,17 +271,15 @@ class Sampler:
         by_slab: dict[int, list[tuple[int, Place]]] = {}
         for i, place in growing:
             by_slab.setdefault(place.slab.capacity if self._kernels.attends_together else i, []).append((i, place))
-        config = decoder.config
-        heads = config.num_kv_heads, config.num_heads // config.num_kv_heads
-        parts = [SlabAttention(members, *heads) for members in by_slab.values()]
+        parts: list[SlabAttention] = []
 
         def attention(index: int, qkv_NTE: Tensor, out_TH: Tensor) -> None:
-            q_BKGE = decoder.split_heads(qkv_NTE)[0].permute(2, 0, 1, 3)
-            new, out = decoder.keys_values(qkv_NTE), decoder.grouped(out_TH)
-            if index == 0:
-                out_TH.zero_()  # nothing writes the rows of padding
+            if index == 0:  # the tensors are the same in every layer
+                q_BKGE = decoder.split_heads(qkv_NTE)[0].permute(2, 0, 1, 3)
+                new, out = decoder.keys_values(qkv_NTE), decoder.grouped(out_TH.zero_())  # rows of padding stay 0
+                parts.extend(SlabAttention(members, q_BKGE, new, out) for members in by_slab.values())
             for part in parts:
-                part(index, q_BKGE, new, out)
+                part(index)
 
         tokens = [row.sequence.tokens[-1] if row.sequence is not None else 0 for row in rows]
         positions = [row.sequence.cache.length if row.sequence is not None else 0 for row in rows]
@@ -297,16 +297,20 @@ class Sampler:
             if (lora := segment.at(UNEMBED_SITE)) is not None:
                 part = slice(segment.start, segment.end)
                 logits_BV[part].addmm_(normed_BD[part] @ lora.a_RI.t(), lora.b_OR.t())
-        choices = [row.sequence.choice() if row.sequence is not None else PADDING for row in rows]
-        tokens, normaliser_B = choose(logits_BV, choices)
+        real = [i for i, row in enumerate(rows) if row.sequence is not None]
+        if len(real) < len(rows):
+            chosen = slice(len(real)) if real[-1] == len(real) - 1 else real
+            normed_BD, logits_BV, rows = normed_BD[chosen], logits_BV[chosen], [rows[i] for i in real]
+            segments = row_segments(rows)
+        sequences = [row.sequence for row in rows if row.sequence is not None]
+        tokens, normaliser_B = choose(logits_BV, [sequence.choice() for sequence in sequences])
         logprobs = self._logprobs(normed_BD, logits_BV, (tokens, normaliser_B), segments)
-        for i, row in enumerate(rows):
-            if row.sequence is not None:
-                num_topk = row.request.given.num_topk
-                topk = top_logprobs(logits_BV[i : i + 1], num_topk)[0] if num_topk else None
-                row.sequence.extend(tokens[i], logprobs[i], topk)
-                if row.sequence.stop_reason is not None:
-                    self._caches.remove(row.sequence.cache)
+        for i, (row, sequence) in enumerate(zip(rows, sequences, strict=True)):
+            num_topk = row.request.given.num_topk
+            topk = top_logprobs(logits_BV[i : i + 1], num_topk)[0] if num_topk else None
+            sequence.extend(tokens[i], logprobs[i], topk)
+            if sequence.stop_reason is not None:
+                self._caches.remove(sequence.cache)
 
     def _logprobs(
         self, normed_BD: Tensor, logits_BV: Tensor, chosen: tuple[list[int], Tensor], segments: list[Segment]

@@ -125,43 +125,49 @@ class GrowingCaches:
 class SlabAttention:
     """One decode step's attention over the sequences of one slab: b rows of the step, their slots, the next position."""
 
-    def __init__(self, members: Sequence[tuple[int, Place]], num_kv: int, group: int) -> None:
+    def __init__(
+        self, members: Sequence[tuple[int, Place]], q_BKGE: Tensor, new_2KBE: Tensor, out_BKGE: Tensor
+    ) -> None:
+        """The tensors hold another layer's rows at every call: queries, keys and values, and where the result goes."""
         ordered = sorted(members, key=lambda member: member[1].slot)
         places = [place for _, place in ordered]
-        kv, device = places[0].slab.kv, places[0].slab.kv.device
-        self._rows, slots, positions = (
+        kv, device, count = places[0].slab.kv, places[0].slab.kv.device, len(places)
+        num_kv, group, head_dim = q_BKGE.shape[1:]
+        rows, slots, positions = (
             torch.tensor(numbers, device=device)
             for numbers in ([row for row, _ in ordered], [p.slot for p in places], [p.length for p in places])
         )
-        layers, two, all_slots, _, capacity, head_dim = kv.shape
+        self._q, self._new, self._out = q_BKGE, new_2KBE, out_BKGE
+        self._rows: Tensor | None = rows
+        if [row for row, _ in ordered] == list(range(count)):  # nothing has to be gathered
+            self._q, self._new, self._out, self._rows = q_BKGE[:count], new_2KBE[:, :, :count], out_BKGE[:count], None
+        layers, two, all_slots, _, capacity, _ = kv.shape
         # where a layer's new keys and values go, among all its head rows
         kinds_2K1 = torch.arange(two, device=device)[:, None, None] * all_slots * num_kv
         heads_K1 = torch.arange(num_kv, device=device)[:, None]
         self._head_rows = (((kinds_2K1 + slots * num_kv + heads_K1) * capacity) + positions).flatten()
         self._flat = kv.view(layers, -1, head_dim)
-        # of the step's rows: then nothing has to be gathered
-        self._are_first = [row for row, _ in ordered] == list(range(len(ordered)))
         first = places[0].slot
-        lie_together = places[-1].slot - first + 1 == len(places)
+        lie_together = places[-1].slot - first + 1 == count
         self._slots = None if lie_together else slots
-        self._kv = kv[:, :, first : first + len(places)].flatten(2, 3) if lie_together else kv
+        self._kv = kv[:, :, first : first + count].flatten(2, 3) if lie_together else kv
         beyond_bn = torch.arange(capacity, device=device) > positions[:, None]
         mask_bn = torch.zeros(beyond_bn.shape, dtype=kv.dtype, device=device).masked_fill_(beyond_bn, -math.inf)
-        shape = (len(places), num_kv, group, capacity)
+        shape = (count, num_kv, group, capacity)
         self._mask = mask_bn[:, None, None].expand(shape).reshape(-1, group, capacity)
 
-    def __call__(self, layer: int, q_BKGE: Tensor, new_2KBE: Tensor, out_BKGE: Tensor) -> None:
+    def __call__(self, layer: int) -> None:
         """Writes the new keys and values, then the attention of these rows over all there are."""
-        count = len(self._rows)
-        new = new_2KBE[:, :, :count] if self._are_first else new_2KBE.index_select(2, self._rows)
+        q, new, rows = self._q, self._new, self._rows
+        if rows is not None:
+            q, new = q.index_select(0, rows), new.index_select(2, rows)
         self._flat[layer].index_copy_(0, self._head_rows, new.reshape(-1, new.shape[-1]))
         kv = self._kv[layer]
         keys, values = kv if self._slots is None else kv.index_select(1, self._slots).flatten(1, 2)
-        if self._are_first:
-            attend_masked(q_BKGE[:count].flatten(0, 1), keys, values, self._mask, out_BKGE[:count].flatten(0, 1))
+        if rows is None:
+            attend_masked(q.flatten(0, 1), keys, values, self._mask, self._out.flatten(0, 1))
         else:
-            q = q_BKGE.index_select(0, self._rows).flatten(0, 1)
-            out_BKGE[self._rows] = attend_masked(q, keys, values, self._mask).view(-1, *q_BKGE.shape[1:])
+            self._out[rows] = attend_masked(q.flatten(0, 1), keys, values, self._mask).view(q.shape)
 
 
 def attend_masked(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor, out: Tensor | None = None) -> Tensor:
