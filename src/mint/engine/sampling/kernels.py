@@ -13,7 +13,7 @@ from mint.engine.models.linear import Linear
 from mint.engine.sampling.slabs import sequences_are_independent
 
 MAX_ROWS = 32  # of a decode step
-MIN_ROWS = 4  # fewer take longer: 1.2 times with 2 rows, on a processor with AVX-512 bf16
+BF16_MIN_ROWS = 4  # of a decode step; fewer take longer: 2 rows 1.2 times as long with AVX-512
 PREFILL_CHUNK = 256  # positions of one prompt, and rows of one pass
 ROW_STEP = 32  # a pass has a multiple of it in rows, so that few shapes occur
 
@@ -22,11 +22,12 @@ ROW_STEP = 32  # a pass has a multiple of it in rows, so that few shapes occur
 class Kernels:
     """What may be done at once without changing a sequence's bits.
 
-    row_multiple: each adapter's rows of a decode step are filled up to a multiple of it. packs_prompts: prompts share a
-    pass. attends_together: sequences share the products of attention.
+    row_multiple: each adapter's rows of a decode step are filled up to a multiple of it; min_rows: and the step's to so
+    many. packs_prompts: prompts share a pass. attends_together: sequences share the products of attention.
     """
 
     row_multiple: int
+    min_rows: int
     packs_prompts: bool
     attends_together: bool
 
@@ -36,11 +37,12 @@ def examine_kernels(decoder: Decoder, *, batch_invariant: bool) -> Kernels:
     with `batch_invariant` nothing."""
     if decoder.dtype == torch.float32:
         together = not batch_invariant
-        return Kernels(1 if together else MAX_ROWS, packs_prompts=together, attends_together=together)
+        return Kernels(1 if together else MAX_ROWS, 1, packs_prompts=together, attends_together=together)
     # a single row takes kernels of its own, so the rows of every adapter come in pairs
     pairs_agree = rows_are_independent(decoder, range(2, MAX_ROWS + 1, 2))
     return Kernels(
         2 if pairs_agree else MAX_ROWS,
+        BF16_MIN_ROWS,
         rows_are_independent(decoder, range(ROW_STEP, PREFILL_CHUNK + 1, ROW_STEP)),
         sequences_are_independent(decoder.config, range(1, MAX_ROWS + 1), decoder.dtype, decoder.device),
     )

@@ -27,7 +27,7 @@ from mint.engine.models.decoder import Attention, Decoder, PackedRow
 from mint.engine.models.head import Head
 from mint.engine.sampling.cache import PrefixCache, SequenceCache, position_bytes, prompt_capacity
 from mint.engine.sampling.choose import choose, top_logprobs
-from mint.engine.sampling.kernels import MAX_ROWS, MIN_ROWS, PREFILL_CHUNK, ROW_STEP, Kernels, examine_kernels
+from mint.engine.sampling.kernels import MAX_ROWS, PREFILL_CHUNK, ROW_STEP, Kernels, examine_kernels
 from mint.engine.sampling.request import Chunk, Growing, Prefill, Request, Row, SlabSequence, row_segments
 from mint.engine.sampling.sequence import new_sequence
 from mint.engine.sampling.slabs import GrowingCaches, Place, SlabAttention, slab_capacity
@@ -191,7 +191,7 @@ class Sampler:
                     steps.append([])
                 steps[-1] += rows
         for step in steps:
-            step += [Row(step[-1].request, None)] * (MIN_ROWS - len(step))
+            step += [Row(step[-1].request, None)] * (self._kernels.min_rows - len(step))
         return steps
 
     # passes
