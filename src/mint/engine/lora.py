@@ -108,6 +108,12 @@ def module_views(layout: AdapterLayout, flat_P: Tensor, module: LoraModule) -> t
     return a, b
 
 
+def stacked_a(layout: AdapterLayout, flat_P: Tensor, site: LoraSite) -> Tensor:
+    """A [ranks of all modules, in] of a site as a view of a flat vector."""
+    first, total = site.modules[0], layout.rank * len(site.modules)
+    return flat_P[first.a_offset : first.a_offset + total * site.num_in].view(total, site.num_in)
+
+
 def initial_parameters(layout: AdapterLayout, seed: int) -> Tensor:
     """A uniform in +-1/sqrt(in) (PEFT's kaiming_uniform with a = sqrt 5), B zero. The same on every machine."""
     generator = torch.Generator().manual_seed(seed % 2**64)
@@ -133,12 +139,8 @@ def adapter_weights(layout: AdapterLayout, flat_P: Tensor, dtype: torch.dtype) -
     """A fresh copy; it does not follow later changes of `flat_P`, so a sampler may keep it."""
     rank, weights = layout.rank, {}
     for site in layout.sites:
-        first = site.modules[0]
-        total = rank * len(site.modules)
-        a_RI = (
-            flat_P[first.a_offset : first.a_offset + total * site.num_in].view(total, site.num_in).to(dtype, copy=True)
-        )
-        b_OR = flat_P.new_zeros((site.num_out, total), dtype=dtype)
+        a_RI = stacked_a(layout, flat_P, site).to(dtype, copy=True)
+        b_OR = flat_P.new_zeros((site.num_out, len(a_RI)), dtype=dtype)
         for i, module in enumerate(site.modules):
             block = b_OR[module.row : module.row + module.num_out, i * rank : (i + 1) * rank]
             torch.mul(module_views(layout, flat_P, module)[1], layout.scale, out=block)
@@ -150,18 +152,24 @@ class AdapterGradient:
     """The accumulating float32 gradient of one adapter."""
 
     def __init__(self, layout: AdapterLayout, device: torch.device) -> None:
-        self.layout = layout
         self.flat_P = torch.zeros(layout.size, device=device)
-        self._sites = {site.site: site for site in layout.sites}
+        self._scale = layout.scale
+        # of every site: A of its modules, stacked, and of each module which part of the dense B it is, and B
+        self._sites: dict[Site, tuple[Tensor, list[tuple[slice, slice, Tensor]]]] = {}
+        for site in layout.sites:
+            blocks = []
+            for i, module in enumerate(site.modules):
+                ranks = slice(i * layout.rank, (i + 1) * layout.rank)
+                outs = slice(module.row, module.row + module.num_out)
+                blocks.append((ranks, outs, module_views(layout, self.flat_P, module)[1]))
+            self._sites[site.site] = stacked_a(layout, self.flat_P, site), blocks
 
     def add(self, site: Site, grad_a_RI: Tensor, grad_b_RO: Tensor) -> None:
         """grad_b_RO: gradient by the scaled, transposed, dense B; only its diagonal blocks belong to parameters."""
-        layout, rank = self.layout, self.layout.rank
-        for i, module in enumerate(self._sites[site].modules):
-            grad_a, grad_b = module_views(layout, self.flat_P, module)
-            ranks = slice(i * rank, (i + 1) * rank)
-            grad_a.add_(grad_a_RI[ranks])
-            grad_b.add_(grad_b_RO[ranks, module.row : module.row + module.num_out].t(), alpha=layout.scale)
+        a_RI, blocks = self._sites[site]
+        a_RI.add_(grad_a_RI)
+        for ranks, outs, grad_b in blocks:
+            grad_b.add_(grad_b_RO[ranks, outs].t(), alpha=self._scale)
 
 
 @dataclass(frozen=True, slots=True, repr=False)

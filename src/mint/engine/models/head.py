@@ -136,7 +136,7 @@ class Head:
         row_P, token_P = pairs
         max_B = logits_BV.amax(-1, keepdim=True).float()
         exp_BV = self._decoder.ws.get("head.softmax", tuple(logits_BV.shape), torch.float32)
-        torch.sub(logits_BV, max_B, out=exp_BV)
+        exp_BV.copy_(logits_BV).sub_(max_B)  # subtracting across types would make a tensor of its own
         rounded_P = exp_BV[row_P, token_P]
         exp_BV.exp_()
         sum_B = exp_BV.sum(-1)

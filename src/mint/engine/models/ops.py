@@ -33,7 +33,8 @@ def rms_norm_backward(ws: Workspace, grad_out: Tensor, x: Tensor, weight: Tensor
     """Gradient by `x` in float32: rstd (g w - x^ mean(g w x^)) with x^ = x rstd. In scratch that the next call reuses."""
     grad = _as_float(ws, "norm.grad", grad_out).mul_(weight)
     x_hat = _as_float(ws, "norm.x", x).mul_(rstd)
-    mean = torch.linalg.vecdot(grad, x_hat).div_(x.shape[-1])[..., None]
+    product = torch.mul(grad, x_hat, out=ws.get("norm.product", tuple(x.shape), torch.float32))
+    mean = product.sum(-1, keepdim=True).div_(x.shape[-1])
     return grad.addcmul_(x_hat, mean, value=-1).mul_(rstd)
 
 

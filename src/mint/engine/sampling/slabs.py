@@ -37,7 +37,7 @@ class Place:
 
 @dataclass(slots=True, repr=False, eq=False)
 class Slab:
-    """kv: [L, 2, S, K, n, E], zeros where nothing was written: what is masked must still be a number.
+    """kv: [L, 2, S, K, n, E]; a slot that is taken is 0 beyond its sequence's end: what is masked must still be a number.
 
     places: of the first slots, in order.
     """
@@ -51,7 +51,7 @@ class Slab:
 
     def resize(self, slots: int) -> None:
         layers, two, _, *rest = self.kv.shape
-        fresh = self.kv.new_zeros(layers, two, slots, *rest)
+        fresh = self.kv.new_empty(layers, two, slots, *rest)
         fresh[:, :, : len(self.places)] = self.kv[:, :, : len(self.places)]
         self.kv = fresh
 
@@ -80,16 +80,13 @@ class GrowingCaches:
 
     def start(self, prompt: SequenceCache) -> Place:
         """A sequence that goes on after `prompt`, of which it gets a copy."""
-        place = self._enter(prompt.length)
-        place.slab.kv[:, :, place.slot, :, : prompt.length] = prompt.kv[:, :, :, : prompt.length]
-        return place
+        return self._enter(prompt.kv[:, :, :, : prompt.length])
 
     def make_room(self, place: Place) -> None:
         """For one more position; the sequence moves to the next slab where its own is full."""
         if place.length < place.slab.capacity:
             return
-        fresh = self._enter(place.length)
-        fresh.slab.kv[:, :, fresh.slot, :, : place.length] = place.slab.kv[:, :, place.slot]
+        fresh = self._enter(place.slab.kv[:, :, place.slot])
         self.remove(place)
         place.slab, place.slot = fresh.slab, fresh.slot
         place.slab.places[place.slot] = place
@@ -107,17 +104,19 @@ class GrowingCaches:
         elif 4 * len(slab.places) <= slab.kv.shape[2]:
             slab.resize(2 * len(slab.places))
 
-    def _enter(self, length: int) -> Place:
-        """A place with room for more than `length` positions."""
+    def _enter(self, kv_L2KnE: Tensor) -> Place:
+        """A place with a copy of these keys and values and room for more."""
+        length = kv_L2KnE.shape[3]
         capacity = slab_capacity(length)
         slab = self._slabs.get(capacity)
         if slab is None:
-            slab = Slab(torch.zeros(*self._shape, capacity, self._head_dim, **self._options))  # type: ignore[call-overload]
+            slab = Slab(torch.empty(*self._shape, capacity, self._head_dim, **self._options))  # type: ignore[call-overload]
             self._slabs[capacity] = slab
         if len(slab.places) == slab.kv.shape[2]:
             slab.resize(max(1, 2 * len(slab.places)))
         place = Place(slab, len(slab.places), length)
-        slab.kv[:, :, place.slot] = 0.0  # whoever was there before may have left what is not a number
+        slab.kv[:, :, place.slot, :, :length] = kv_L2KnE
+        slab.kv[:, :, place.slot, :, length:] = 0.0
         slab.places.append(place)
         return place
 
