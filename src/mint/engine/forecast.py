@@ -17,9 +17,9 @@ from mint.types.params import LoraConfig
 
 # Of a training step. The frozen matrices alone took 0.61 of it; attention's products at their speed would take 0.04.
 PRODUCTS_SHARE = 0.65
-# A decode step as a multiple of reading every weight once, or of its products where those take longer: measured 2.9 to
-# 3.2 with 1 sequence, 3.1 to 3.4 with 8, 2.5 with 32.
-DECODE_FACTOR = 3.0
+# A decode step as a multiple of reading every weight once, or of its products where those take longer: measured 2.5 with
+# 1 sequence, 3.1 with 8, 2.4 with 32.
+DECODE_FACTOR = 2.8
 CONVERSATION_TOKENS = 200
 SEQUENCES = (1, 8, 32)
 BYTES_PER_ADAPTER_PARAMETER = 16  # float32 weight, two moments, gradient
