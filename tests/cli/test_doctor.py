@@ -70,7 +70,7 @@ def test_a_config_alone_is_enough_for_a_forecast(tmp_path: Path) -> None:
     assert found["host"] == {"gflop_per_second": 100.0, "read_gb_per_second": 28.0}
     assert found["expected"] == {
         "training_tokens_per_second": 110.9,
-        "sampling_tokens_per_second": {"1": 17.4, "8": 123.9, "32": 123.9},
+        "sampling_tokens_per_second": {"1": 18.6, "8": 132.8, "32": 132.8},
     }
     assert found["measured"] is None
     assert found["notes"] == [f"not measured: its weights are not here (model.safetensors missing in {folder})"]
@@ -80,9 +80,9 @@ def test_a_config_alone_is_enough_for_a_forecast(tmp_path: Path) -> None:
     shown = invoke("--model", folder).stdout
     assert "100 GFLOP/s in its products, reads 28.0 GB/s" in shown
     assert "training tokens/s                      expected 111\n" in "\n".join(map(str.rstrip, shown.splitlines()))
-    assert "sampling tokens/s, 1 / 8 / 32 at once  expected 17 / 124 / 124" in shown
+    assert "sampling tokens/s, 1 / 8 / 32 at once  expected 19 / 133 / 133" in shown
     assert "base 0.50 GiB, adapter 0.08 GiB, a pass of 2,048 tokens" in shown
-    assert "8 sequences at once sample 7.1 times as fast as one (124 tokens/s against 17)" in shown
+    assert "8 sequences at once sample 7.1 times as fast as one (133 tokens/s against 19)" in shown
 
 
 @pytest.mark.usefixtures("known_host")
