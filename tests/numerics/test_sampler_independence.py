@@ -96,12 +96,15 @@ def test_neighbours_in_fp32(tiny: Callable[..., Path], family: str) -> None:
         assert np.abs(np.subtract(found.logprobs, alone.logprobs)).max() <= FP32_LOGPROB
 
 
-def test_neighbours_with_other_adapters_change_no_bit(tiny: Callable[..., Path]) -> None:
+@pytest.mark.parametrize(
+    "count", [7, 12]
+)  # odd and even numbers of an adapter's rows: with and without padding between
+def test_neighbours_with_other_adapters_change_no_bit(tiny: Callable[..., Path], count: int) -> None:
     """Sequences of one adapter are gathered within a step, so company also changes a row's place."""
     backend, first = _backend(tiny("qwen3"), "bfloat16")
     add_random_run(backend, "other", types.LoraConfig(rank=3, train_attn=False), seed=4)
     handles = [None, first, backend.snapshot("other")]
-    requests = [request(random_prompt(8 + i), adapter=handles[i % 3], seed=i) for i in range(12)]
+    requests = [request(random_prompt(8 + i), adapter=handles[i % 3], seed=i) for i in range(count)]
     together = generate(backend, *requests)
     for given, generation in zip(requests, together, strict=True):
         (alone,) = generate(backend, given)

@@ -35,8 +35,9 @@ class Workspace:
         size = math.prod(shape)
         flat = self._storage.get(key)
         if flat is None or flat.numel() < size:
-            flat = last = None
-            self._forget(key)  # free before allocating the larger one
+            flat = last = None  # nothing holds the smaller one while the larger one is allocated
+            self._storage.pop(key, None)
+            self._views.pop(key, None)
             flat = self._storage[key] = torch.empty(size, dtype=dtype, device=self._device)
         view = flat[:size].view(shape)
         self._views[key] = shape, view
@@ -48,10 +49,6 @@ class Workspace:
         if found is None:
             found = self._scalars[value] = torch.tensor(value, device=self._device)
         return found
-
-    def _forget(self, key: tuple[str, torch.dtype]) -> None:
-        self._storage.pop(key, None)
-        self._views.pop(key, None)
 
     def reserve(self, name: str, size: int, dtype: torch.dtype) -> None:
         """Room for `size` values under this name. Growing step by step would leave holes of every size behind."""

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import weakref
+from typing import Any
+
+import pytest
 import torch
 
 from mint.engine.workspace import Workspace
@@ -28,6 +32,19 @@ def test_the_same_shape_again_is_the_same_tensor() -> None:
     grown = ws.get("a", (8, 6), torch.float32)
     again = ws.get("a", (4, 6), torch.float32)
     assert again.data_ptr() == grown.data_ptr()  # not what was handed out before it grew
+
+
+def test_the_smaller_one_is_gone_before_the_larger_is_allocated(monkeypatch: pytest.MonkeyPatch) -> None:
+    ws = Workspace(CPU)
+    smaller = weakref.ref(ws.get("a", (4,), torch.float32).untyped_storage())
+    allocate = torch.empty
+
+    def allocate_alone(*args: Any, **options: Any) -> torch.Tensor:
+        assert smaller() is None
+        return allocate(*args, **options)
+
+    monkeypatch.setattr(torch, "empty", allocate_alone)
+    assert ws.get("a", (8,), torch.float32).shape == (8,)
 
 
 def test_reserving_makes_room_once() -> None:

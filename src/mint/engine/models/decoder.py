@@ -102,9 +102,10 @@ class Decoder:
         kept: list[LayerActivations | Tensor] = []
         x_TD = self._input(num_tokens, 0, keep=keep)
         torch.index_select(self.weights.embed_VD, 0, row.tokens_T, out=x_TD)
-        shared = self._activations(num_tokens, x_TD, "shared") if not keep or recompute else None
+        num_shared = recompute if keep else layers  # layers whose activations the next one overwrites
+        shared = self._activations(num_tokens, x_TD, "shared") if num_shared else None
         for index in range(layers):
-            if shared is not None and (not keep or index < recompute):
+            if shared is not None and index < num_shared:
                 act, act.x_TD = shared, x_TD
             else:
                 act = self._activations(num_tokens, x_TD, str(index))
