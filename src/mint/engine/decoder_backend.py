@@ -24,7 +24,7 @@ from mint.engine.backend import (
     RunPlan,
     RunReport,
 )
-from mint.engine.device import choose_device, keep_freed_memory, return_freed_memory
+from mint.engine.device import choose_device, returning_freed_memory
 from mint.engine.lora import AdapterWeights, Segment, adapter_layout, adapter_weights
 from mint.engine.models.decoder import Decoder, PackedRow
 from mint.engine.models.head import Head, Targets, rows_per_chunk
@@ -56,9 +56,8 @@ class DecoderBackend:
         self._settings = settings
         self._device = choose_device(settings)
         torch.set_num_threads(self._device.num_threads)
-        keep_freed_memory()
         config = read_config(folder)
-        with torch.inference_mode():
+        with torch.inference_mode(), returning_freed_memory(self._device.torch_device):
             weights = load_weights(folder, config, self._device.dtype, self._device.torch_device)
             self._pass_memory = PassMemory(config, self._device.dtype.itemsize)
             decoder = Decoder(config, weights, Workspace(self._device.torch_device))
@@ -74,7 +73,6 @@ class DecoderBackend:
                 sequence_bytes=int(self._device.memory_bytes * SEQUENCES_SHARE),
                 batch_invariant=settings.batch_invariant,
             )
-        return_freed_memory(self._device.torch_device)  # what reading the files took
         self._next_handle = 0
         self._closed = False
         self._base_bytes = weights.num_bytes()
@@ -249,6 +247,6 @@ class DecoderBackend:
 
     def close(self) -> None:
         self._closed = True
-        self._adapters.clear()
-        del self._trainer, self._sampler
-        return_freed_memory(self._device.torch_device)
+        with returning_freed_memory(self._device.torch_device):
+            self._adapters.clear()
+            del self._trainer, self._sampler

@@ -7,6 +7,8 @@ import ctypes.util
 import os
 import platform
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +20,10 @@ from mint.settings import Settings
 
 # processor flags that mean bf16 products in hardware: AMX, AVX-512 and (on ARM) NEON
 BF16_FLAGS = frozenset({"amx_bf16", "avx512_bf16", "bf16"})
+
+# glibc's `mallopt`: two of its parameters, and thresholds that blocks of a pass do not reach
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+KEEP_TOP, MMAP = (1 << 31) - 1, 1 << 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,24 +94,24 @@ def memory_limit(device: torch.device) -> int:
     return limit
 
 
-def keep_freed_memory() -> bool:
-    """Ask glibc not to return freed blocks to the system at once: faulting them in again costs more than the kernels.
+@contextmanager
+def returning_freed_memory(device: torch.device) -> Iterator[None]:
+    """For when a model comes or goes: give the system back what is freed inside and what was kept before.
 
-    Answers whether the C library knows the setting. Affects the whole process.
+    Afterwards glibc keeps freed blocks for the next pass: faulting them in again costs more than the kernels. Affects the
+    whole process; does nothing where the C library is another.
     """
-    if sys.platform != "linux":
-        return False
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is None:
-        return False
-    trim_threshold, mmap_threshold = -1, -3
-    return bool(mallopt(mmap_threshold, 1 << 30) and mallopt(trim_threshold, (1 << 31) - 1))
-
-
-def return_freed_memory(device: torch.device) -> None:
-    """Give the system back what was freed and kept for the next pass: for when a model goes."""
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-    malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if malloc_trim is not None:
-        malloc_trim(0)
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    glibc = libc if hasattr(libc, "mallopt") and hasattr(libc, "malloc_trim") else None
+    if glibc:
+        glibc.mallopt(M_MMAP_THRESHOLD, MMAP)
+        # `malloc_trim` leaves the free end of every arena but the main one: there it goes when a block is freed
+        glibc.mallopt(M_TRIM_THRESHOLD, 0)
+    try:
+        yield
+    finally:
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        if glibc:
+            glibc.malloc_trim(0)
+            glibc.mallopt(M_TRIM_THRESHOLD, KEEP_TOP)

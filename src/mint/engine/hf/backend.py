@@ -31,7 +31,7 @@ from mint.engine.backend import (
     RunPlan,
     RunReport,
 )
-from mint.engine.device import choose_device, keep_freed_memory, return_freed_memory
+from mint.engine.device import choose_device, returning_freed_memory
 from mint.engine.hf.linears import choose_linears
 from mint.engine.hf.model import CausalModel
 from mint.engine.hf.sampler import SequenceSampler
@@ -63,8 +63,8 @@ class HfBackend:
         """Load the model in `folder`. Raises UnsupportedError or InputError naming what cannot be run."""
         self._device = choose_device(settings)
         torch.set_num_threads(self._device.num_threads)
-        keep_freed_memory()
-        self._model = CausalModel(folder, self._device)
+        with returning_freed_memory(self._device.torch_device):
+            self._model = CausalModel(folder, self._device)
         self._sampler = SequenceSampler(self._model)
         self._runs: dict[str, TrainingRun] = {}
         self._adapters: dict[int, AdapterWeights] = {}
@@ -254,10 +254,10 @@ class HfBackend:
 
     def close(self) -> None:
         self._closed = True
-        self._adapters.clear()
-        self._runs.clear()
-        del self._model, self._sampler
-        return_freed_memory(self._device.torch_device)
+        with returning_freed_memory(self._device.torch_device):
+            self._adapters.clear()
+            self._runs.clear()
+            del self._model, self._sampler
 
 
 def _leaves(weights: AdapterWeights) -> dict[tuple[int, str], SiteWeights]:
