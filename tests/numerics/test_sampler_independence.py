@@ -8,9 +8,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from torch import Tensor
 
 from mint import types
 from mint.engine.decoder_backend import DecoderBackend
+from mint.engine.models.attention import attend
+from mint.engine.models.weights import read_config
+from mint.engine.sampling import kernels, sampler
+from mint.engine.sampling.cache import PrefixCache
+from mint.engine.sampling.kernels import Kernels, positions_are_independent
+from mint.engine.workspace import Workspace
 from mint.hub import ModelSource
 from mint.types.results import SampledSequence
 from tests.support.engine import FP32_LOGPROB, add_random_run, generate, open_backend, random_prompt, request
@@ -138,31 +146,118 @@ def test_a_seed_repeats_and_another_differs(tiny: Callable[..., Path]) -> None:
     assert len(set(seen)) == len(seen)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_prefix_found_in_the_cache_gives_the_same_bits(tiny: Callable[..., Path], dtype: str) -> None:
+@pytest.mark.parametrize(("dtype", "known", "common"), [("float32", 512, 256), ("bfloat16", 592, 288)])
+def test_a_prefix_found_in_the_cache_gives_the_same_bits(
+    tiny: Callable[..., Path], dtype: str, known: int, common: int
+) -> None:
+    """Whole blocks of what is known: of 16 positions, or where prompts may not be cut anywhere of 256."""
     backend, adapter = _backend(tiny("qwen3", context=1024), dtype)
     prompt = random_prompt(600)
     given = request(prompt, adapter=adapter, num_samples=2)
     first, again = generate(backend, given)[0], generate(backend, given)[0]
-    assert first.cached_tokens == 0
-    assert again.cached_tokens == 512  # whole prefill chunks of 256; the rest is computed
+    assert (first.cached_tokens, again.cached_tokens) == (0, known)
     _assert_bit_equal(again.sequences, first.sequences)
-    # a prompt that shares the first chunk only, against a backend that has never seen it
+    # a prompt that shares the beginning only, against a backend that has never seen it
     cousin = request([*prompt[:300], *random_prompt(200, seed=5)], adapter=adapter)
     (partly,) = generate(backend, cousin)
     fresh, same_adapter = _backend(tiny("qwen3", context=1024), dtype)
     (unseen,) = generate(fresh, request(cousin.prompt, adapter=same_adapter))
-    assert (partly.cached_tokens, unseen.cached_tokens) == (256, 0)
+    assert (partly.cached_tokens, unseen.cached_tokens) == (common, 0)
     _assert_bit_equal(partly.sequences, unseen.sequences)
 
 
-def test_the_last_token_of_a_known_prompt_is_computed_again(tiny: Callable[..., Path]) -> None:
-    """A prompt of whole chunks, all of them known: the last one is needed for its logits."""
+@pytest.mark.parametrize("length", [17, 32, 256, 512])
+def test_the_last_token_of_a_known_prompt_is_computed_again(tiny: Callable[..., Path], length: int) -> None:
+    """Of a prompt of whole blocks, all of them known, too: it is needed for its logits."""
     backend = open_backend(tiny("llama", context=1024), "bfloat16")
-    given = request(random_prompt(512))
+    given = request(random_prompt(length))
     first, again = generate(backend, given)[0], generate(backend, given)[0]
-    assert (first.cached_tokens, again.cached_tokens) == (0, 256)
+    assert (first.cached_tokens, again.cached_tokens) == (0, (length - 1) // 16 * 16)
     _assert_bit_equal(again.sequences, first.sequences)
+
+
+def _computed_rows(backend: DecoderBackend, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Prompt positions of every prefill pass from now on."""
+    rows: list[int] = []
+    prefill = backend._sampler._prefill
+    monkeypatch.setattr(
+        backend._sampler, "_prefill", lambda chunks: (rows.append(sum(c.length for c in chunks)), prefill(chunks))
+    )
+    return rows
+
+
+@pytest.mark.parametrize("common", [1, 40, 128, 150])
+def test_what_prompts_of_one_pass_have_in_common_is_computed_once(
+    tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, common: int
+) -> None:
+    """Down to the token; a prompt that comes twice computes its last token again, one that goes on from another's end
+    all that follows."""
+    backend, adapter = _backend(tiny("qwen3"), "bfloat16")
+    beginning = random_prompt(common, seed=9)
+    prompts = [[*beginning, *random_prompt(7 + i, seed=i)] for i in range(4)]
+    prompts += [prompts[0], [*prompts[1], 5, 6, 7]]
+    options = {"max_new": 6, "num_topk": 20}
+    requests = [request(ids, adapter=a, seed=i, **options) for a in (None, adapter) for i, ids in enumerate(prompts)]
+    alone = []
+    for given in requests:
+        fresh, same_adapter = _backend(tiny("qwen3"), "bfloat16")
+        fresh_request = request(given.prompt, adapter=given.adapter and same_adapter, seed=given.seed, **options)
+        alone.append(generate(fresh, fresh_request)[0])
+    rows = _computed_rows(backend, monkeypatch)
+    together = generate(backend, *requests)
+    own = [common + 7, 8, 9, 10, 1, 3]  # computed for each
+    assert sum(rows) == 2 * sum(own)
+    assert [g.cached_tokens for g in together] == [len(r.prompt) - n for r, n in zip(requests, 2 * own, strict=True)]
+    for generation, expected in zip(together, alone, strict=True):
+        assert expected.cached_tokens == 0
+        assert generation.sequences == expected.sequences  # floats: equal means every bit
+
+
+def test_prompts_cut_anywhere_fill_every_pass(tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    backend, adapter = _backend(tiny("llama"), "bfloat16")
+    requests = [request(random_prompt(150 + i, seed=i), adapter=adapter, seed=i) for i in range(7)]
+    alone = []
+    for given in requests:
+        alone.append(generate(backend, given)[0].sequences)
+        backend._sampler._prefixes = PrefixCache(0)
+    rows = _computed_rows(backend, monkeypatch)
+    together = generate(backend, *requests)
+    total = sum(len(given.prompt) for given in requests)
+    assert rows == [256] * (total // 256) + [total % 256]
+    for generation, expected in zip(together, alone, strict=True):
+        _assert_bit_equal(generation.sequences, expected)
+
+
+@pytest.mark.parametrize("packs", [True, False])
+def test_where_kernels_forbid_it_prompts_are_not_cut_anywhere(
+    tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, packs: bool
+) -> None:
+    monkeypatch.setattr(sampler, "examine_kernels", lambda *_, **__: Kernels(32, 4, packs, False, False))
+    backend, adapter = _backend(tiny("llama", context=1024), "bfloat16")
+    beginning = random_prompt(270, seed=9)
+    requests = [request([*beginning, *random_prompt(20, seed=i)], adapter=adapter, seed=i) for i in range(4)]
+    rows = _computed_rows(backend, monkeypatch)
+    (first,) = generate(backend, requests[0])
+    together = generate(backend, *requests)
+    assert rows == [256, 34, *([4 * 34] if packs else [34] * 4)]
+    assert [generation.cached_tokens for generation in together] == [256] * 4
+    _assert_bit_equal(together[0].sequences, first.sequences)
+
+
+def test_whether_positions_are_independent_is_found_out(
+    tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kernel whose sums depend on the number of rows is noticed."""
+    config = read_config(tiny("llama"))
+    assert positions_are_independent(config, torch.bfloat16, torch.device("cpu"))
+
+    def other_bits(ws: Workspace, q: Tensor, k: Tensor, v: Tensor, past: int, out: Tensor) -> None:
+        attend(ws, q, k, v, past, out)
+        if q.shape[2] == 41:
+            out[-1, -1, -1, -1] *= 1.01
+
+    monkeypatch.setattr(kernels, "attend", other_bits)
+    assert not positions_are_independent(config, torch.bfloat16, torch.device("cpu"))
 
 
 def test_prefixes_of_another_adapter_are_not_used(tiny: Callable[..., Path]) -> None:
@@ -176,4 +271,4 @@ def test_prefixes_of_another_adapter_are_not_used(tiny: Callable[..., Path]) -> 
     _assert_bit_equal(base.sequences, fresh.sequences)
     assert base.sequences[0].logprobs != with_adapter.sequences[0].logprobs
     (again,) = generate(backend, request(prompt))
-    assert again.cached_tokens == 256
+    assert again.cached_tokens == 256  # float32

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mint.engine.models.attention import QUERY_BLOCK, probabilities, reserve
+from mint.engine.models.attention import QUERY_BLOCK, causal_mask, probabilities, reserve
 from mint.engine.workspace import Workspace
 
 STEP = 32
@@ -80,7 +80,7 @@ class PackedAttention:
         out = self._scratch("attn.out", self._num_queries, qkv_NTE.dtype)
         for block in self._blocks:
             k, v = self._keys_values(keys_values, block)
-            probs = probabilities(self._ws, self._rows(queries, block), k, block.end - block.start)
+            probs = probabilities(self._ws, self._rows(queries, block), k, self._mask(block, k))
             torch.bmm(probs, v, out=self._rows(out, block))
         torch.index_select(out, 0, self._place_TH, out=out_TH.view(-1, self._head_dim))
 
@@ -100,7 +100,7 @@ class PackedAttention:
             q, grad = self._rows(queries, block), self._rows(grad_out, block)
             k, v = self._keys_values(keys_values, block)
             grad_k, grad_v = self._keys_values(grad_keys_values, block)
-            probs = probabilities(self._ws, q, k, block.end - block.start)
+            probs = probabilities(self._ws, q, k, self._mask(block, k))
             grad_v.baddbmm_(probs.transpose(1, 2), grad, beta=more)
             grad_probs = self._ws.get("attn.scores", tuple(probs.shape), dtype)
             torch.bmm(grad, v.transpose(1, 2), out=grad_probs)
@@ -121,6 +121,10 @@ class PackedAttention:
         heads = self._scratch("attn.heads", len(self._source), qkv_NTE.dtype)
         torch.index_select(qkv_NTE.view(-1, self._head_dim), 0, self._source, out=heads)
         return heads[: self._num_queries], heads[self._num_queries :]
+
+    def _mask(self, block: _Block, like: Tensor) -> Tensor:
+        rows = block.end - block.start
+        return causal_mask(rows, rows, like.dtype, like.device)
 
     def _rows(self, flat: Tensor, block: _Block) -> Tensor:
         """[K, G b, E] of the block."""

@@ -1,4 +1,4 @@
-"""What a request is on its way: it waits, its prompt is prefilled, its sequences grow."""
+"""What a request is on its way: it waits, its prompt is prefilled (see chunks.py), its sequences grow."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from itertools import groupby
 
 from mint.engine.backend import GenerateRequest, Generation
 from mint.engine.lora import AdapterWeights, Segment
-from mint.engine.sampling.cache import SequenceCache
 from mint.engine.sampling.sequence import GrowingSequence
 from mint.engine.sampling.slabs import Place
 
@@ -26,36 +25,6 @@ class Request:
     @property
     def adapter_order(self) -> int:
         return -1 if self.given.adapter is None else self.given.adapter
-
-
-@dataclass(slots=True, repr=False)
-class Prefill:
-    """A request whose prompt has begun. cached_tokens: taken over from the prefix cache."""
-
-    request: Request
-    cache: SequenceCache
-    cached_tokens: int = 0
-
-
-@dataclass(frozen=True, slots=True, repr=False)
-class Chunk:
-    """The next prompt positions of a request, [start, end)."""
-
-    prefill: Prefill
-    start: int
-    end: int
-
-    @property
-    def length(self) -> int:
-        return self.end - self.start
-
-    @property
-    def request(self) -> Request:
-        return self.prefill.request
-
-    @property
-    def is_last(self) -> bool:
-        return self.end == len(self.request.given.prompt)
 
 
 @dataclass(frozen=True, slots=True, repr=False)

@@ -5,10 +5,10 @@ where there is room, in sequences and in bytes. A sequence that needs more keys 
 but for those of the oldest request, which always go on: so everything ends, and of what is held at most the oldest
 request's part goes beyond the bound.
 
-What a sequence's numbers depend on is fixed: prompts are prefilled in chunks with borders counted from their start, and a
-decode step runs at most MAX_ROWS sequences through the linears at a time. Rows of several sequences share a product only
-where its kernel gives a row the same bits for every number of rows that occurs, which is checked when the sampler is made;
-elsewhere prompts are prefilled alone and each adapter's rows of a decode step are padded to a fixed number.
+What a sequence's numbers depend on is fixed: rows share a product, and prompts are cut and share what they have in common,
+only where the kernels give a row the same bits for every number of rows that occurs, which is examined with the first
+request; elsewhere prompts are prefilled alone, or cut at borders counted from their start, and each adapter's rows of a
+decode step, at most MAX_ROWS, are padded to a fixed number.
 Shape letters: B sequences of a decode step, T rows, D hidden, V vocabulary, K, G, E as in models/attention.py.
 """
 
@@ -27,8 +27,9 @@ from mint.engine.models.decoder import Attention, Decoder, PackedRow
 from mint.engine.models.head import Head
 from mint.engine.sampling.cache import PrefixCache, SequenceCache, position_bytes, prompt_capacity
 from mint.engine.sampling.choose import choose, top_logprobs
-from mint.engine.sampling.kernels import MAX_ROWS, PREFILL_CHUNK, ROW_STEP, Kernels, examine_kernels
-from mint.engine.sampling.request import Chunk, Growing, Prefill, Request, Row, SlabSequence, row_segments
+from mint.engine.sampling.chunks import Chunk, Prefill, chunk_end, shared_beginning
+from mint.engine.sampling.kernels import MAX_ROWS, ROW_STEP, Kernels, examine_kernels
+from mint.engine.sampling.request import Growing, Request, Row, SlabSequence, row_segments
 from mint.engine.sampling.sequence import new_sequence
 from mint.engine.sampling.slabs import GrowingCaches, Place, SlabAttention, slab_capacity
 from mint.errors import ClosedError
@@ -145,37 +146,36 @@ class Sampler:
         return found, room
 
     def _next_chunks(self, num_growing: int, room: int) -> list[Chunk]:
-        """Prompt chunks of one pass: of the prompt that has begun, and of the oldest that wait and fit beside."""
+        """Prompt chunks of one pass: of the prompt that has begun, and of the oldest that wait and fit beside. What a
+        prompt has in common with a known one or with another of the pass is not computed again."""
         chunks: list[Chunk] = []
-        if self._prefilling is not None:
-            given = self._prefilling.request.given
-            num_growing += given.num_samples
-            chunks.append(_next_chunk(self._prefilling, self._known_chunks(given, self._prefilling.cache.length)))
-        while self._waiting:
+        if (begun := self._prefilling) is not None:
+            num_growing += begun.request.given.num_samples
+            start = begun.cache.length
+            chunks.append(Chunk(begun, start, chunk_end((), begun.request, start, self._kernels)))
+        while self._waiting and (not chunks or chunks[-1].is_last):  # one prompt at most stays begun
             request = next(iter(self._waiting.values()))
             given, cost = request.given, self._cost(request.given)
             if num_growing and (num_growing + given.num_samples > MAX_SEQUENCES or cost > room):
                 break  # but one alone always may
-            known = self._known_chunks(given, 0)
-            length = min(PREFILL_CHUNK, len(given.prompt) - PREFILL_CHUNK * len(known))
-            if chunks and not (self._kernels.packs_prompts and _fits(chunks, request, length)):
+            known = self._prefixes.find(given.adapter, given.prompt, self._kernels.prefix_block)
+            start, source = len(known) * self._kernels.prefix_block, None
+            if self._kernels.cuts_prompts:
+                shared, cache = shared_beginning(chunks, request)
+                if shared > start:
+                    start, source = shared, cache
+            end = chunk_end(chunks, request, start, self._kernels)
+            if end == start:
                 break
             del self._waiting[request.number]
             decoder = self._decoder
             cache = SequenceCache(decoder.config, len(given.prompt), decoder.dtype, decoder.device)
-            chunks.append(_next_chunk(Prefill(request, cache), known))
+            for kv_L2KnE in known:
+                cache.extend(kv_L2KnE)
+            chunks.append(Chunk(Prefill(request, cache, start), start, end, source))
             num_growing += given.num_samples
             room -= cost
         return sorted(chunks, key=lambda chunk: chunk.request.adapter_order)
-
-    def _known_chunks(self, given: GenerateRequest, start: int) -> list[Tensor]:
-        """Whole chunks from `start` on that the prefix cache has; the last token is always computed, for its logits."""
-        found = []
-        for end in range(start + PREFILL_CHUNK, len(given.prompt), PREFILL_CHUNK):
-            if (known := self._prefixes.get(given.adapter, given.prompt[:end])) is None:
-                break
-            found.append(known)
-        return found
 
     def _rows(self, pairs: list[tuple[Request, SlabSequence]]) -> list[list[Row]]:
         """Steps of at most MAX_ROWS rows. Rows of one adapter lie together and are padded by themselves."""
@@ -230,10 +230,12 @@ class Sampler:
             q, _, _ = decoder.split_heads(qkv_NTE)
             new, out = decoder.keys_values(qkv_NTE), decoder.grouped(out_TH.zero_())
             for chunk, a in zip(chunks, starts, strict=True):
-                b = a + chunk.length
-                filled = chunk.prefill.cache.kv[index, :, :, : chunk.end]
-                filled[:, :, chunk.start :] = new[:, :, a:b]
-                attend(decoder.ws, q[:, :, a:b], filled[0], filled[1], out[a:b])
+                b, kv = a + chunk.length, chunk.prefill.cache.kv[index]
+                if chunk.source is not None:
+                    shared = slice(chunk.prefill.cache.length, chunk.start)
+                    kv[:, :, shared] = chunk.source.kv[index, :, :, shared]
+                kv[:, :, chunk.start : chunk.end] = new[:, :, a:b]
+                attend(decoder.ws, q[:, :, a:b], kv[0], kv[1], chunk.start, out[a:b])
 
         final_TD = self._forward(tokens, positions, segments, attention)
         self._prefilling = None
@@ -250,12 +252,9 @@ class Sampler:
         """What a pass has computed of a prompt: for others with the same prefix, and for its sequences or next chunk."""
         prefill, given = chunk.prefill, chunk.request.given
         prefill.cache.length = chunk.end
-        if chunk.length == PREFILL_CHUNK:
-            self._prefixes.put(
-                given.adapter, given.prompt[: chunk.end], prefill.cache.kv[:, :, :, chunk.start : chunk.end]
-            )
+        self._prefixes.put(given.adapter, given.prompt[: chunk.end], self._kernels.prefix_block, prefill.cache.kv)
         if not chunk.is_last:
-            self._prefilling = prefill  # the only one: its chunk took all rows of the pass
+            self._prefilling = prefill
             return
         # sequences share the prefill: each has a copy of its cache and a random stream of its own
         growing = self._growing[chunk.request.number] = Growing(chunk.request, prefill.cached_tokens)
@@ -331,21 +330,3 @@ class Sampler:
         corrected_B = 1 - (rounded_B - normaliser_B).exp() + (exact_B - normaliser_B).exp()
         result = (exact_B - normaliser_B - corrected_B.log()).tolist()
         return result
-
-
-def _next_chunk(prefill: Prefill, known: list[Tensor]) -> Chunk:
-    """The chunk that comes after those that are known, which the prompt's cache takes over."""
-    for kv_L2KnE in known:
-        prefill.cache.extend(kv_L2KnE)
-        prefill.cached_tokens += kv_L2KnE.shape[3]
-    start = prefill.cache.length
-    return Chunk(prefill, start, min(start + PREFILL_CHUNK, len(prefill.request.given.prompt)))
-
-
-def _fits(chunks: list[Chunk], request: Request, length: int) -> bool:
-    """Whether so many more rows fit into the pass, each adapter's rows filled up to a multiple of ROW_STEP."""
-    rows = {request.adapter_order: length}
-    for chunk in chunks:
-        order = chunk.request.adapter_order
-        rows[order] = rows.get(order, 0) + chunk.length
-    return sum(-(-count // ROW_STEP) * ROW_STEP for count in rows.values()) <= PREFILL_CHUNK

@@ -15,10 +15,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from mint.engine.models.attention import STEP
 from mint.engine.models.config import DecoderConfig
 from mint.engine.sampling.cache import SequenceCache, position_bytes
-
-STEP = 128
 
 
 def slab_capacity(length: int) -> int:
