@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.optim.adamw import adamw
 
 from mint.types.params import AdamParams
 
@@ -38,21 +39,21 @@ def is_finite(vector_P: Tensor) -> bool:
 
 
 def adam_step(params_P: Tensor, grad_P: Tensor, state: AdamState, hyper: AdamParams, grad_norm: float) -> float:
-    """One update in place; returns the update's norm. `grad_norm` is the global norm of `grad_P`, for clipping."""
+    """One update in place by torch's AdamW; returns the update's norm. `grad_norm` is the global norm of `grad_P`, for
+    clipping."""
     clip = hyper.grad_clip_norm / grad_norm if 0 < hyper.grad_clip_norm < grad_norm else 1.0
-    state.step += 1
-    bias1 = 1 - hyper.beta1**state.step
-    bias2 = 1 - hyper.beta2**state.step
+    taken = torch.tensor(float(state.step), device=params_P.device)
     squares = 0.0
     parts = (torch.split(t, BLOCK) for t in (params_P, grad_P, state.exp_avg_P, state.exp_avg_sq_P))
     for param, grad, exp_avg, exp_avg_sq in zip(*parts, strict=True):
         if clip != 1.0:
             grad = grad * clip
-        exp_avg.lerp_(grad, 1 - hyper.beta1)
-        exp_avg_sq.mul_(hyper.beta2).addcmul_(grad, grad, value=1 - hyper.beta2)
-        denominator = exp_avg_sq.sqrt().div_(math.sqrt(bias2)).add_(hyper.eps)
         before = param.clone()
-        param.mul_(1 - hyper.learning_rate * hyper.weight_decay)
-        param.addcdiv_(exp_avg, denominator, value=-hyper.learning_rate / bias1)
+        adamw(
+            [param], [grad], [exp_avg], [exp_avg_sq], [], [taken.clone()],
+            lr=hyper.learning_rate, beta1=hyper.beta1, beta2=hyper.beta2, eps=hyper.eps, weight_decay=hyper.weight_decay,
+            fused=True, amsgrad=False, maximize=False,
+        )  # fmt: skip
         squares += float(torch.linalg.vector_norm(before.sub_(param), dtype=torch.float64)) ** 2
+    state.step += 1
     return math.sqrt(squares)
