@@ -114,11 +114,6 @@ def stacked_a(layout: AdapterLayout, flat_P: Tensor, site: LoraSite) -> Tensor:
     return flat_P[first.a_offset : first.a_offset + total * site.num_in].view(total, site.num_in)
 
 
-def diagonal_block(layout: AdapterLayout, module: LoraModule, index: int) -> tuple[slice, slice]:
-    """Rows and columns of a site's B [outputs, ranks] that belong to its `index`th module."""
-    return slice(module.row, module.row + module.num_out), slice(index * layout.rank, (index + 1) * layout.rank)
-
-
 def initial_parameters(layout: AdapterLayout, seed: int) -> Tensor:
     """A uniform in +-1/sqrt(in) (PEFT's kaiming_uniform with a = sqrt 5), B zero. The same on every machine."""
     generator = torch.Generator().manual_seed(seed % 2**64)
@@ -140,36 +135,17 @@ class SiteWeights:
 AdapterWeights = Mapping[Site, SiteWeights]
 
 
-class WorkingWeights:
-    """A copy of an adapter that passes multiply with; it follows `flat_P` when `refresh` is called."""
-
-    def __init__(self, layout: AdapterLayout, flat_P: Tensor, dtype: torch.dtype) -> None:
-        self._scale = layout.scale
-        self._a: list[tuple[Tensor, Tensor]] = []  # (copy, where it comes from), and so below
-        self._b: list[tuple[Tensor, Tensor]] = []
-        sites: dict[Site, SiteWeights] = {}
-        for site in layout.sites:
-            ranks = layout.rank * len(site.modules)
-            a_RI = flat_P.new_empty((ranks, site.num_in), dtype=dtype)
-            b_OR = flat_P.new_zeros((site.num_out, ranks), dtype=dtype)
-            self._a.append((a_RI, stacked_a(layout, flat_P, site)))
-            for i, module in enumerate(site.modules):
-                block = b_OR[diagonal_block(layout, module, i)]
-                self._b.append((block, module_views(layout, flat_P, module)[1]))
-            sites[site.site] = SiteWeights(a_RI, b_OR)
-        self.sites: AdapterWeights = sites
-        self.refresh()
-
-    def refresh(self) -> None:
-        for copy, a in self._a:
-            copy.copy_(a)
-        for copy, b in self._b:
-            torch.mul(b, self._scale, out=copy)
-
-
 def adapter_weights(layout: AdapterLayout, flat_P: Tensor, dtype: torch.dtype) -> AdapterWeights:
-    """A copy that does not follow later changes of `flat_P`, so a sampler may keep it."""
-    return WorkingWeights(layout, flat_P, dtype).sites
+    """A fresh copy; it does not follow later changes of `flat_P`, so a sampler may keep it."""
+    rank, weights = layout.rank, {}
+    for site in layout.sites:
+        a_RI = stacked_a(layout, flat_P, site).to(dtype, copy=True)
+        b_OR = flat_P.new_zeros((site.num_out, len(a_RI)), dtype=dtype)
+        for i, module in enumerate(site.modules):
+            block = b_OR[module.row : module.row + module.num_out, i * rank : (i + 1) * rank]
+            torch.mul(module_views(layout, flat_P, module)[1], layout.scale, out=block)
+        weights[site.site] = SiteWeights(a_RI, b_OR)
+    return weights
 
 
 class AdapterGradient:
@@ -183,7 +159,8 @@ class AdapterGradient:
         for site in layout.sites:
             blocks = []
             for i, module in enumerate(site.modules):
-                outs, ranks = diagonal_block(layout, module, i)
+                ranks = slice(i * layout.rank, (i + 1) * layout.rank)
+                outs = slice(module.row, module.row + module.num_out)
                 blocks.append((ranks, outs, module_views(layout, self.flat_P, module)[1]))
             self._sites[site.site] = stacked_a(layout, self.flat_P, site), blocks
 

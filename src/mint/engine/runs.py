@@ -31,7 +31,7 @@ from mint.engine.lora import (
     AdapterGradient,
     AdapterLayout,
     AdapterWeights,
-    WorkingWeights,
+    adapter_weights,
     flat_from_named,
     initial_parameters,
     named_tensors,
@@ -57,13 +57,13 @@ class TrainingRun:
         self.gradient = AdapterGradient(layout, device)
         self.has_gradient = False
         self._dtype = dtype
-        self._weights: WorkingWeights | None = None
+        self._weights: AdapterWeights | None = None
 
     def weights(self) -> AdapterWeights:
-        """What passes multiply with, as the parameters are now."""
+        """What passes multiply with, rebuilt after the parameters changed."""
         if self._weights is None:
-            self._weights = WorkingWeights(self.layout, self.params_P, self._dtype)
-        return self._weights.sites
+            self._weights = adapter_weights(self.layout, self.params_P, self._dtype)
+        return self._weights
 
     def report(self, limits: BackendLimits) -> RunReport:
         plan = RunPlan(
@@ -117,13 +117,12 @@ class TrainingRun:
         update_norm = adam_step(self.params_P, self.gradient.flat_P, self.adam, hyper, grad_norm)
         self.clear_gradient()
         if first_P is not None and hyper.learning_rate > 0 and grad_norm > 0 and update_norm == 0:
-            self.params_P, self.adam, self._weights = first_P, new_adam_state(first_P), None
+            self.params_P, self.adam = first_P, new_adam_state(first_P)
             raise NumericsError(
                 f"optim_step: gradient norm {grad_norm:g} moved no weight at learning rate {hyper.learning_rate:g}; "
                 "raise the learning rate"
             )
-        if self._weights is not None:
-            self._weights.refresh()
+        self._weights = None
         return {**metrics, "step": float(self.adam.step), "grad_norm": grad_norm, "update_norm": update_norm}
 
     def export_state(self) -> AdapterState:

@@ -205,8 +205,7 @@ class HfBackend:
     # sampling
 
     def snapshot(self, run_id: str) -> int:
-        run = self._runs[run_id]
-        return self._keep(adapter_weights(run.layout, run.params_P, self._device.dtype))
+        return self._keep(self._runs[run_id].weights())  # a step makes new ones and leaves these
 
     def add_snapshot(self, lora: LoraConfig, state: AdapterState) -> int:
         layout = choose_linears(self._model.linears, lora, self._model.architecture)
