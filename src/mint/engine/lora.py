@@ -184,13 +184,16 @@ class Segment:
     def at(self, site: Site) -> SiteWeights | None:
         return self.weights.get(site) if self.weights is not None else None
 
+    def rows(self, row: Tensor) -> Tensor:
+        """Its part of a packed row; where that is all, no view is made: in a decode step a view costs as much as a product."""
+        return row if self.start == 0 and self.end == len(row) else row[self.start : self.end]
+
 
 def lora_forward(x_TI: Tensor, y_TO: Tensor, segments: list[Segment], site: Site) -> None:
     """y += (x A^T) B^T over each segment that adapts this site."""
     for segment in segments:
         if (w := segment.at(site)) is not None:
-            rows = slice(segment.start, segment.end)
-            y_TO[rows].addmm_(x_TI[rows] @ w.a_RI.t(), w.b_OR.t())
+            segment.rows(y_TO).addmm_(segment.rows(x_TI) @ w.a_RI.t(), w.b_OR.t())
 
 
 def lora_backward(grad_TO: Tensor, x_TI: Tensor, grad_x_TI: Tensor | None, segments: list[Segment], site: Site) -> None:
@@ -198,14 +201,13 @@ def lora_backward(grad_TO: Tensor, x_TI: Tensor, grad_x_TI: Tensor | None, segme
     for segment in segments:
         if (w := segment.at(site)) is None:
             continue
-        rows = slice(segment.start, segment.end)
-        grad, x = grad_TO[rows], x_TI[rows]
+        grad, x = segment.rows(grad_TO), segment.rows(x_TI)
         grad_u_TR = grad @ w.b_OR
         if segment.gradient is not None:
             u_TR = x @ w.a_RI.t()
             segment.gradient.add(site, grad_u_TR.t() @ x, u_TR.t() @ grad)
         if grad_x_TI is not None:
-            grad_x_TI[rows].addmm_(grad_u_TR, w.a_RI)
+            segment.rows(grad_x_TI).addmm_(grad_u_TR, w.a_RI)
 
 
 def named_tensors(layout: AdapterLayout, flat_P: Tensor) -> dict[str, Tensor]:

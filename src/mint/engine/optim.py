@@ -30,8 +30,12 @@ BLOCK = 2**18  # values updated at a time: every intermediate stays in the proce
 
 def global_norm(vector_P: Tensor) -> float:
     """Euclidean norm in float64, in blocks that stay in the cache."""
-    blocks = torch.split(vector_P, BLOCK)
-    return math.sqrt(sum(float(torch.linalg.vector_norm(block, dtype=torch.float64)) ** 2 for block in blocks))
+    return math.sqrt(sum(_sum_of_squares(block) for block in torch.split(vector_P, BLOCK)))
+
+
+def _sum_of_squares(block: Tensor) -> float:
+    values = block.double()
+    return float(torch.dot(values, values))
 
 
 def is_finite(vector_P: Tensor) -> bool:
@@ -54,6 +58,6 @@ def adam_step(params_P: Tensor, grad_P: Tensor, state: AdamState, hyper: AdamPar
             lr=hyper.learning_rate, beta1=hyper.beta1, beta2=hyper.beta2, eps=hyper.eps, weight_decay=hyper.weight_decay,
             fused=True, amsgrad=False, maximize=False,
         )  # fmt: skip
-        squares += float(torch.linalg.vector_norm(before.sub_(param), dtype=torch.float64)) ** 2
+        squares += _sum_of_squares(before.sub_(param))
     state.step += 1
     return math.sqrt(squares)

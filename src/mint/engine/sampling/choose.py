@@ -31,13 +31,18 @@ def choose(logits_BV: Tensor, choices: Sequence[Choice]) -> tuple[list[int], Ten
     """One token per row by inverting the cumulative distribution after temperature, top-k, then top-p; and each row's
     `log_normaliser`."""
     below_BV, max_B = _below_largest(logits_BV)
-    log_sum_B = _log_sum(below_BV, max_B)
+    exp_BV = below_BV.exp()
+    log_sum_B = _log_sum(exp_BV, max_B)
     drawn = [i for i, c in enumerate(choices) if c.temperature > 0]
     tokens = [-1] * len(choices)
     if drawn:
-        weight_BV = below_BV if len(drawn) == len(choices) else below_BV[drawn]
-        device = logits_BV.device
-        weight_BV.div_(torch.tensor([[choices[i].temperature] for i in drawn], device=device)).exp_()
+        device, temperatures = logits_BV.device, [choices[i].temperature for i in drawn]
+        tempered = temperatures != [1.0] * len(drawn)  # otherwise the weights are there
+        weight_BV = below_BV if tempered else exp_BV
+        if len(drawn) < len(choices):
+            weight_BV = weight_BV[drawn]
+        if tempered:
+            weight_BV.div_(torch.tensor(temperatures, device=device)[:, None]).exp_()
         for row, i in enumerate(drawn):
             if choices[i].top_k > 0 or choices[i].top_p < 1:
                 _filter(weight_BV[row], choices[i].top_k, choices[i].top_p)
@@ -52,7 +57,8 @@ def choose(logits_BV: Tensor, choices: Sequence[Choice]) -> tuple[list[int], Ten
 
 def log_normaliser(logits_BV: Tensor) -> Tensor:
     """log sum exp of each row at temperature 1, float64 [B]."""
-    return _log_sum(*_below_largest(logits_BV))
+    below_BV, max_B = _below_largest(logits_BV)
+    return _log_sum(below_BV.exp_(), max_B)
 
 
 def _below_largest(logits_BV: Tensor) -> tuple[Tensor, Tensor]:
@@ -61,8 +67,8 @@ def _below_largest(logits_BV: Tensor) -> tuple[Tensor, Tensor]:
     return logits_BV.to(torch.float32, copy=True).sub_(max_B[:, None]), max_B
 
 
-def _log_sum(below_BV: Tensor, max_B: Tensor) -> Tensor:
-    return _block_sums(below_BV.exp()).sum(-1).log_() + max_B.double()
+def _log_sum(exp_BV: Tensor, max_B: Tensor) -> Tensor:
+    return _block_sums(exp_BV).sum(-1).log_() + max_B.double()
 
 
 def _blocks(weight_BV: Tensor) -> Tensor:
