@@ -1,4 +1,8 @@
-"""Sampled tokens/s of MinT against transformers generate: the same prompts, runs in turn, one JSON line per batch size."""
+"""Sampled tokens/s of MinT against transformers generate: the same prompts, runs in turn, one JSON line per batch size.
+
+The prompts of a pair have a system prompt in common, and each pair one of its own: MinT, which remembers prompts, has seen
+none of them before.
+"""
 
 from __future__ import annotations
 
@@ -35,17 +39,26 @@ def main() -> None:
     client = mint.ServiceClient().create_sampling_client(base_model=BASE_MODEL)
     device, tokenizer, (train, _) = choose_device(settings.load()), client.get_tokenizer(), load_demo()
     peer = Peer("generate", str(resolve_model(BASE_MODEL).path), device.dtype_name, device.num_threads)
-    prompts = [tokenizer.apply_chat_template(row[:1], add_generation_prompt=True, return_dict=False) for row in train]
-    ours = mint_run(client, prompts[:1], 16, sample=False)[1]
-    theirs = peer.run(prompts=prompts[:1], new_tokens=16, sample=False)["first"]
+
+    def prompts(size: int, pair: int) -> list[list[int]]:
+        system = {
+            "role": "system",
+            "content": f"Round {pair} with {size}: you are a helpful assistant and answer briefly.",
+        }
+        rows = [[system, *row[:1]] for row in train[:size]]
+        return [tokenizer.apply_chat_template(row, add_generation_prompt=True, return_dict=False) for row in rows]
+
+    ours = mint_run(client, prompts(1, 0), 16, sample=False)[1]
+    theirs = peer.run(prompts=prompts(1, 0), new_tokens=16, sample=False)["first"]
     agreed = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b), len(ours))
     if not agreed:
         raise SystemExit("the two compute different things: their likeliest first tokens differ")
     for size in map(int, args.batches.split(",")):
         pairs = []
-        for _ in range(args.pairs + 1):
-            seconds, _ = mint_run(client, prompts[:size], args.new, sample=True)
-            pairs.append((seconds, peer.run(prompts=prompts[:size], new_tokens=args.new, sample=True)["seconds"]))
+        for pair in range(1, args.pairs + 2):
+            given = prompts(size, pair)
+            seconds, _ = mint_run(client, given, args.new, sample=True)
+            pairs.append((seconds, peer.run(prompts=given, new_tokens=args.new, sample=True)["seconds"]))
         counted = pairs[1:]
         result = {
             "benchmark": "sampling",
