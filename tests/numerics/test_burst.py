@@ -6,6 +6,7 @@ import gc
 import random
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,13 @@ from mint.engine import decoder_backend
 from mint.engine.backend import GenerateRequest, Generation
 from mint.engine.decoder_backend import DecoderBackend
 from mint.engine.device import memory_limit
+from mint.engine.hf.backend import HfBackend
 from mint.engine.sampling import sampler
 from mint.engine.sampling.cache import position_bytes, prompt_capacity
 from mint.engine.sampling.kernels import PREFILL_CHUNK
 from mint.engine.sampling.sampler import MAX_SEQUENCES, PREFILLS_PER_STEP
 from mint.engine.sampling.slabs import STEP, slab_capacity
-from tests.support.engine import add_random_run, generate, open_backend, random_prompt, request
+from tests.support.engine import add_random_run, generate, open_backend, open_hf, random_prompt, request
 
 LORAS = (types.LoraConfig(rank=4), types.LoraConfig(rank=7, train_attn=False))
 FREE_SLOTS = 4  # a slab has fewer than so many slots for each that is taken
@@ -247,6 +249,20 @@ def test_running_sequences_go_on_while_long_prompts_wait(
     assert done[-1].sequences == alone.sequences
 
 
+@pytest.mark.parametrize("opened", [open_backend, open_hf], ids=["decoder", "hf"])
+def test_a_request_waits_for_one_of_each_other_tenant_at_most(
+    tiny: Callable[..., Path], opened: Callable[[Path], DecoderBackend | HfBackend]
+) -> None:
+    """Requests that can only run one by one, of a tenant with twenty and of two with one each."""
+    backend = opened(tiny("llama"))
+    given = request(random_prompt(9), num_samples=MAX_SEQUENCES, max_new=2)
+    many = [backend.add_request(replace(given, tenant="many")) for _ in range(20)]
+    begun = backend.step()
+    one, other = (backend.add_request(replace(given, tenant=tenant)) for tenant in ("one", "other"))
+    done = [generation.request for generation in [*begun, *_answers(backend, 22 - len(begun))]]
+    assert done == [many[0], many[1], one, other, *many[2:]]
+
+
 @pytest.mark.parametrize("kind", ["decode", "prefill"])
 def test_requests_that_wait_make_no_step_longer(tiny: Callable[..., Path], kind: str) -> None:
     """Counted in bytecodes of the sampler's own modules, which do not depend on the machine."""
@@ -312,7 +328,7 @@ def _num_tokens(backend: DecoderBackend) -> list[int]:
     return [len(s.tokens) for growing in backend._sampler._growing.values() for s in growing.sequences]
 
 
-def _answers(backend: DecoderBackend, count: int) -> list[Generation]:
+def _answers(backend: DecoderBackend | HfBackend, count: int) -> list[Generation]:
     """As they come."""
     done: list[Generation] = []
     while len(done) < count:

@@ -110,7 +110,8 @@ StopCheck = Callable[[int], bool]  # fed every generated token in order; True: a
 
 @dataclass(frozen=True, slots=True, repr=False)
 class GenerateRequest:
-    """A prompt and the sequences to grow from it. `adapter`: a snapshot's handle, or None for the base model.
+    """A prompt and the sequences to grow from it. `adapter`: a snapshot's handle, or None for the base model. Those that
+    wait begin in turns of their tenants.
 
     Sequence i owns the random stream (seed, i), so neither the batch nor its neighbours can change it.
     max_new: at least 1. new_stop_check: makes one StopCheck per sequence.
@@ -127,6 +128,7 @@ class GenerateRequest:
     stop_tokens: frozenset[int]
     new_stop_check: Callable[[], StopCheck] | None = None
     num_topk: int = 0
+    tenant: str = ""
 
 
 @dataclass(frozen=True, slots=True, repr=False)

@@ -119,6 +119,7 @@ class SamplingOps:
             stop_tokens=stop_tokens,
             new_stop_check=functools.partial(any_of, new_checks) if new_checks else None,
             num_topk=sample_input.num_sample_topk,
+            tenant=self._tenant,
         )
 
 

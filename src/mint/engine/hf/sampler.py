@@ -6,7 +6,6 @@ Shape letter: V vocabulary.
 from __future__ import annotations
 
 import copy
-from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +17,7 @@ from mint.engine.hf.model import CausalModel
 from mint.engine.lora import AdapterWeights
 from mint.engine.sampling.choose import choose, top_logprobs
 from mint.engine.sampling.sequence import GrowingSequence, new_sequence
+from mint.engine.sampling.waiting import WaitingRequests
 
 MAX_SEQUENCES = 64  # growing at once; further requests wait, so that caches stay bounded
 
@@ -36,35 +36,39 @@ class _Request:
 class SequenceSampler:
     def __init__(self, model: CausalModel) -> None:
         self._model = model
-        self._requests: OrderedDict[int, _Request] = OrderedDict()
+        self._waiting: WaitingRequests[_Request] = WaitingRequests()
+        self._growing: dict[int, _Request] = {}
         self._next = 0
 
     @property
     def num_requests(self) -> int:
-        return len(self._requests)
+        return len(self._waiting) + len(self._growing)
 
     def add(self, given: GenerateRequest, weights: AdapterWeights) -> int:
         self._next += 1
-        self._requests[self._next] = _Request(self._next, given, weights)
+        self._waiting.add(given.tenant, self._next, _Request(self._next, given, weights))
         return self._next
 
     def cancel(self, number: int) -> None:
-        self._requests.pop(number, None)
+        self._waiting.remove(number)
+        self._growing.pop(number, None)
 
     @torch.no_grad()  # not inference mode: what a model keeps from here must not break a later backward
     def step(self) -> list[Generation]:
         """One whole prompt where one waits and there is room, else a token for every sequence."""
-        waiting = next((r for r in self._requests.values() if not r.sequences), None)
-        growing = [(r, s) for r in self._requests.values() for s in r.growing()]
+        growing = [(r, s) for r in self._growing.values() for s in r.growing()]
+        waiting = self._waiting.first() if self._waiting else None
         if waiting is not None and (not growing or len(growing) + waiting.given.num_samples <= MAX_SEQUENCES):
             self._prefill(waiting)
+            self._waiting.take_first()
+            self._growing[waiting.number] = waiting
         else:
             for request, sequence in growing:
                 logits_1V, _ = self._model.forward(sequence.tokens[-1:], request.weights, cache=sequence.cache)
                 _extend(sequence, logits_1V)
-        done = [r for r in self._requests.values() if r.sequences and not r.growing()]
+        done = [r for r in self._growing.values() if not r.growing()]
         for request in done:
-            del self._requests[request.number]
+            del self._growing[request.number]
         return [Generation(r.number, [s.finished() for s in r.sequences], 0) for r in done]
 
     def _prefill(self, request: _Request) -> None:

@@ -1,9 +1,9 @@
 """Continuous batching: requests join and leave a running batch; each step is a prefill pass or a token for each sequence.
 
-A request waits (its tokens are all it holds), its prompt is prefilled, its sequences grow; the oldest that waits joins
-where there is room, in sequences and in bytes. A sequence that needs more keys and values than there is room for pauses,
-but for those of the oldest request, which always go on: so everything ends, and of what is held at most the oldest
-request's part goes beyond the bound.
+A request waits (its tokens are all it holds), its prompt is prefilled, its sequences grow; the next that waits (tenants
+take turns) joins where there is room, in sequences and in bytes. A sequence that needs more keys and values than there is
+room for pauses, but for those of the oldest request, which always go on: so everything ends, and of what is held at most
+the oldest request's part goes beyond the bound.
 
 What a sequence's numbers depend on is fixed: rows share a product, and prompts are cut and share what they have in common,
 only where the kernels give a row the same bits for every number of rows that occurs, which is examined with the first
@@ -32,6 +32,7 @@ from mint.engine.sampling.kernels import MAX_ROWS, ROW_STEP, Kernels, examine_ke
 from mint.engine.sampling.request import Growing, Request, Row, SlabSequence, row_segments
 from mint.engine.sampling.sequence import new_sequence
 from mint.engine.sampling.slabs import GrowingCaches, Place, SlabAttention, slab_capacity
+from mint.engine.sampling.waiting import WaitingRequests
 from mint.errors import ClosedError
 
 MAX_SEQUENCES = 64  # growing at once
@@ -56,7 +57,7 @@ class Sampler:
         batch_invariant: bool,
     ) -> None:
         self._decoder, self._head, self._adapters = decoder, head, adapters
-        self._waiting: dict[int, Request] = {}
+        self._waiting: WaitingRequests[Request] = WaitingRequests()
         self._prefilling: Prefill | None = None
         self._growing: dict[int, Growing] = {}  # oldest first
         self._prefixes = PrefixCache(prefix_bytes)
@@ -86,11 +87,11 @@ class Sampler:
             raise ClosedError("the sampling session was closed before this sample began; make a new sampling client")
         weights = self._adapters[given.adapter] if given.adapter is not None else None
         self._next += 1
-        self._waiting[self._next] = Request(self._next, given, weights)
+        self._waiting.add(given.tenant, self._next, Request(self._next, given, weights))
         return self._next
 
     def cancel(self, number: int) -> None:
-        self._waiting.pop(number, None)
+        self._waiting.remove(number)
         if self._prefilling is not None and self._prefilling.request.number == number:
             self._prefilling = None
         if (growing := self._growing.pop(number, None)) is not None:
@@ -146,7 +147,7 @@ class Sampler:
         return found, room
 
     def _next_chunks(self, num_growing: int, room: int) -> list[Chunk]:
-        """Prompt chunks of one pass: of the prompt that has begun, and of the oldest that wait and fit beside. What a
+        """Prompt chunks of one pass: of the prompt that has begun, and of the next that wait and fit beside. What a
         prompt has in common with a known one or with another of the pass is not computed again."""
         chunks: list[Chunk] = []
         if (begun := self._prefilling) is not None:
@@ -154,7 +155,7 @@ class Sampler:
             start = begun.cache.length
             chunks.append(Chunk(begun, start, chunk_end((), begun.request, start, self._kernels)))
         while self._waiting and (not chunks or chunks[-1].is_last):  # one prompt at most stays begun
-            request = next(iter(self._waiting.values()))
+            request = self._waiting.first()
             given, cost = request.given, self._cost(request.given)
             if num_growing and (num_growing + given.num_samples > MAX_SEQUENCES or cost > room):
                 break  # but one alone always may
@@ -167,7 +168,7 @@ class Sampler:
             end = chunk_end(chunks, request, start, self._kernels)
             if end == start:
                 break
-            del self._waiting[request.number]
+            self._waiting.take_first()
             decoder = self._decoder
             cache = SequenceCache(decoder.config, len(given.prompt), decoder.dtype, decoder.device)
             for kv_L2KnE in known:
