@@ -12,6 +12,7 @@ import psutil
 from mint import types
 from mint.engine.decoder_backend import DecoderBackend
 from mint.engine.hf.backend import GAPS, HfBackend
+from mint.engine.packing import counted_tokens
 from tests.support.engine import add_random_run, forward_backward, open_backend, open_hf, weighted_datums
 
 STATUS = Path("/proc/self/status")
@@ -25,15 +26,16 @@ def peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def planned_bytes(backend: DecoderBackend | HfBackend, lengths: tuple[int, ...]) -> int:
-    """Of one pass of datums of these lengths."""
-    num_tokens = sum(lengths)
+def planned_bytes(backend: DecoderBackend | HfBackend, lengths: tuple[int, ...], common: int) -> int:
+    """Of one pass of datums of these lengths, which begin with the same tokens."""
+    num_shared = common * (len(lengths) - 1)
+    num_tokens = counted_tokens(sum(lengths) - num_shared, num_shared)
     if isinstance(backend, HfBackend):
         return int(GAPS * backend._pass_bytes(backend._runs["run"].weights(), num_tokens))
     return backend._pass_memory.of_pass(num_tokens, backend._recomputed_layers(num_tokens), max(lengths))
 
 
-def main(folder: Path, kind: str, dtype: str, recomputed: int, *lengths: int) -> None:
+def main(folder: Path, kind: str, dtype: str, recomputed: int, common: int, *lengths: int) -> None:
     options = {"max_tokens_per_pass": sum(lengths), "recompute_layers": recomputed}
     backend = open_hf(folder, dtype) if kind == "hf" else open_backend(folder, dtype, **options)
     add_random_run(backend, "run", types.LoraConfig(rank=8))
@@ -44,10 +46,10 @@ def main(folder: Path, kind: str, dtype: str, recomputed: int, *lengths: int) ->
     if STATUS.exists():
         Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
     old_peak = peak()
-    forward_backward(backend, "run", weighted_datums(np.random.default_rng(1), list(lengths), vocab))
+    forward_backward(backend, "run", weighted_datums(np.random.default_rng(1), list(lengths), vocab, common=common))
     assert peak() > old_peak, "the pass did not set a new peak: the model is too large for this measurement"
     grown = peak() - before
-    print(planned_bytes(backend, lengths), grown)
+    print(planned_bytes(backend, lengths, common), grown)
 
 
 if __name__ == "__main__":

@@ -257,7 +257,7 @@ def test_the_plan_extrapolates_what_a_pass_keeps(
 def test_a_pass_needs_the_memory_planned_for_it(tiny: Callable[..., Path], dtype: str) -> None:
     """Growth of a process's resident memory over a pass of 1,536 tokens, at most 4/3 and at least half of the plan."""
     folder = tiny("llama", hidden=256, layers=20, intermediate=704, heads=8, kv_heads=4, vocab_size=2000, context=4096)
-    planned, measured = map(int, run_child(memory_child, folder, "hf", dtype, 0, 1536))
+    planned, measured = map(int, run_child(memory_child, folder, "hf", dtype, 0, 0, 1536))
     assert planned / 2 <= measured <= planned * 4 / 3
 
 

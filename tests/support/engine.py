@@ -295,12 +295,15 @@ def make_datum(tokens: Any, targets: Any, **inputs: Any) -> types.Datum:
 
 
 def weighted_datums(
-    generator: np.random.Generator, lengths: Sequence[int], vocab_size: int = VOCAB
+    generator: np.random.Generator, lengths: Sequence[int], vocab_size: int = VOCAB, *, common: int = 0
 ) -> list[types.Datum]:
-    """Cross-entropy datums of random tokens; about a third of the weights are 0, the first never is."""
+    """Cross-entropy datums of random tokens, the first `common` the same in all; about a third of the weights are 0, the
+    first never is."""
     data = []
+    beginning = generator.integers(0, vocab_size, common)
     for length in lengths:
         tokens = generator.integers(0, vocab_size, length + 1)
+        tokens[:common] = beginning
         weights = generator.uniform(0.2, 2.0, length) * (generator.random(length) < 0.7)
         weights[0] = 1.0
         data.append(make_datum(tokens[:-1], tokens[1:], weights=weights))

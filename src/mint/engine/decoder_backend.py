@@ -7,6 +7,7 @@ from collections.abc import Generator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from mint.engine.backend import (
@@ -28,6 +29,7 @@ from mint.engine.device import choose_device, returning_freed_memory
 from mint.engine.lora import AdapterWeights, Segment, adapter_layout, adapter_weights
 from mint.engine.models.decoder import Decoder, PackedRow
 from mint.engine.models.head import Head, Targets, rows_per_chunk
+from mint.engine.models.packed_attention import PackedSequence
 from mint.engine.models.weights import load_weights, read_config, read_json
 from mint.engine.plan import ONE_DATUM_PER_PASS, PassMemory, Plan, make_plan, pass_budget
 from mint.engine.runs import TrainingRun, custom_in_passes, flat_parameters
@@ -210,7 +212,8 @@ class DecoderBackend:
         tokens_T = torch.tensor(prompt, device=decoder.device)
         segment = Segment(0, len(prompt), self._adapters[adapter] if adapter is not None else None)
         positions_T = torch.arange(len(prompt), device=decoder.device)
-        row, attention = PackedRow(tokens_T, positions_T, [segment]), decoder.packed_attention([(0, len(prompt))])
+        row = PackedRow(tokens_T, positions_T, [segment])
+        attention = decoder.packed_attention([PackedSequence(np.arange(len(prompt)))])
         final_TD, _ = yield from decoder.forward(row, attention, keep=False)
         normed_TD, _ = head.normalise(final_TD)
         scored = torch.arange(len(prompt) - 1, device=decoder.device)

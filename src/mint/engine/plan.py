@@ -1,5 +1,4 @@
-"""How much one pass may hold, which datums share one, which layers are recomputed: pure functions of lengths, sizes and the
-machine's memory.
+"""How much one pass may hold and which layers are recomputed: pure functions of sizes and the machine's memory.
 
 The split of a batch decides its bits, so its numbers go into every checkpoint and are reused on resume. Recomputing does
 not change bits and is decided anew for every pass.
@@ -7,7 +6,6 @@ not change bits and is decided anew for every pass.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mint.engine.models.attention import QUERY_BLOCK
@@ -122,31 +120,3 @@ def refuse_small(most: int, free_bytes: int, max_context: int) -> None:
             f"memory: {free_bytes / 2**30:.1f} GiB beside the base model hold a training pass of {max(most, 0)} tokens; "
             f"at least {MIN_TOKENS_PER_PASS} are needed. Take a smaller base model or a machine with more memory"
         )
-
-
-def split_into_passes(lengths: Sequence[int], max_tokens: int) -> list[range]:
-    """Consecutive datums per pass, at most `max_tokens` each; a longer datum goes alone.
-
-    The number of passes is the fewest that filling in order allows; then, unless some datum is longer than a pass, the
-    cap is lowered while that number holds, so that passes are filled evenly.
-    """
-
-    def fill(cap: int) -> list[range]:
-        passes, start, total = [], 0, 0
-        for i, length in enumerate(lengths):
-            if i > start and total + length > cap:
-                passes.append(range(start, i))
-                start, total = i, 0
-            total += length
-        passes.append(range(start, len(lengths)))
-        return passes
-
-    best = fill(max_tokens)
-    low, high = max(max(lengths), -(-sum(lengths) // len(best))), max_tokens
-    while low < high:  # the smallest cap with the same number of passes
-        middle = (low + high) // 2
-        if len(fill(middle)) == len(best):
-            high = middle
-        else:
-            low = middle + 1
-    return fill(high)

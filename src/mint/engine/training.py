@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -16,8 +17,8 @@ from mint.engine.backend import CustomLoss, FloatArray, MicroBatch, Part, PartRe
 from mint.engine.lora import UNEMBED_SITE, Segment
 from mint.engine.models.decoder import Decoder, LayerActivations, PackedRow
 from mint.engine.models.head import Derivative, Head, Targets
-from mint.engine.models.packed_attention import PackedAttention
-from mint.engine.plan import split_into_passes
+from mint.engine.models.packed_attention import PackedAttention, PackedSequence
+from mint.engine.packing import counted_tokens, num_shared, pack_sequences, split_into_passes
 from mint.engine.runs import TrainingRun, as_cross_entropy, part_result, settle_gradient, surrogate
 from mint.losses import LOSSES
 from mint.types.requests import PreparedDatum, TrainingInput
@@ -29,6 +30,7 @@ class _Scoring:
 
     given: TrainingInput
     segment: Segment
+    sequences: list[PackedSequence]  # of the datums
     row_P: np.ndarray
     token_P: np.ndarray
     inputs: dict[str, np.ndarray]
@@ -63,12 +65,11 @@ class Trainer:
     def micro_batches(self, run_id: str, given: TrainingInput) -> list[MicroBatch]:
         """See `Backend.micro_batches`. A datum longer than the plan's pass goes alone."""
         cap = self.runs[run_id].plan.max_tokens_per_pass
-        lengths = [datum.length for datum in given.data]
+        tokens = [datum.tokens_N for datum in given.data]
+        shared = [0, *(num_shared(a, b) for a, b in pairwise(tokens))]
         shares = []
-        for indices in split_into_passes(lengths, cap):
-            data = given.data[indices.start : indices.stop]
-            num_tokens = sum(datum.length for datum in data)
-            part = TrainingInput(data, given.loss_fn, given.loss_fn_config)
+        for indices, num_tokens in split_into_passes([len(tokens_N) for tokens_N in tokens], shared, cap):
+            part = TrainingInput(given.data[indices.start : indices.stop], given.loss_fn, given.loss_fn_config)
             shares.append(MicroBatch(part, num_tokens, max(cap, num_tokens)))
         return shares
 
@@ -92,18 +93,20 @@ class Trainer:
         state = yield from self._forward([as_cross_entropy(part)], with_gradient=True)
         yield from self._score(state, backward=False)
         weighted, metrics = surrogate(part, loss, _split_logprobs(part.input.data, state.scorings[0]))
-        state.scorings = [_scoring(weighted.input, state.scorings[0].segment)]
+        state.scorings = [_scoring(weighted.input, state.scorings[0].segment, state.scorings[0].sequences)]
         yield from self._score(state, backward=True)
         yield from self._backward(state)
         result = self._finish([weighted], state.scorings, backward=True)[0]
         return result if result.error is not None else PartResult(result.logprobs, metrics)
 
     def _forward(self, parts: Sequence[Part], *, with_gradient: bool) -> Generator[None, None, _PassState]:
-        row, sequences, scorings = self._pack(parts, with_gradient=with_gradient)
+        row, scorings = self._pack(parts, with_gradient=with_gradient)
+        sequences = [sequence for scoring in scorings for sequence in scoring.sequences]
         attention = self.decoder.packed_attention(sequences)
         sites = {site for segment in row.segments for site in segment.weights or ()}
         keep = with_gradient and sites != {UNEMBED_SITE}
-        recompute = self._recomputed_layers(len(row.tokens_T)) if keep else 0
+        num_tokens = counted_tokens(len(row.tokens_T), sum(sequence.num_shared for sequence in sequences))
+        recompute = self._recomputed_layers(num_tokens) if keep else 0
         final_TD, kept = yield from self.decoder.forward(row, attention, keep=keep, recompute=recompute)
         normed_TD, rstd = self.head.normalise(final_TD)
         grad_normed_TD = torch.zeros_like(normed_TD) if keep else None
@@ -123,6 +126,7 @@ class Trainer:
                 (chosen,) = np.nonzero(scoring.active_P == active)
                 if not len(chosen):
                     continue
+                chosen = chosen[np.argsort(scoring.row_P[chosen], kind="stable")]  # datums may share rows
                 rows, row_P = np.unique(scoring.row_P[chosen], return_inverse=True)
                 targets = Targets(*(torch.from_numpy(a).to(device) for a in (rows, row_P, scoring.token_P[chosen])))
                 derivative = self._loss_derivative(scoring, chosen) if backward and active else None
@@ -142,42 +146,33 @@ class Trainer:
 
         return derivative
 
-    def _pack(
-        self, parts: Sequence[Part], *, with_gradient: bool
-    ) -> tuple[PackedRow, list[tuple[int, int]], list[_Scoring]]:
-        """The row, where each datum lies in it, and what is scored of each part."""
-        tokens, positions, sequences, scorings, start = [], [], [], [], 0
+    def _pack(self, parts: Sequence[Part], *, with_gradient: bool) -> tuple[PackedRow, list[_Scoring]]:
+        """The row, and what is scored of each part and where."""
+        tokens, positions, scorings, start = [], [], [], 0
         for part in parts:
             run, first = self.runs[part.run_id], start
-            for datum in part.input.data:
-                tokens.append(datum.tokens_N)
-                positions.append(np.arange(datum.length))
-                sequences.append((start, start + datum.length))
-                start += datum.length
+            sequences = pack_sequences([datum.tokens_N for datum in part.input.data], first)
+            for datum, sequence in zip(part.input.data, sequences, strict=True):
+                tokens.append(datum.tokens_N[sequence.num_shared :])
+                positions.append(np.arange(sequence.num_shared, datum.length))
+                start += len(tokens[-1])
             segment = Segment(first, start, run.weights(), run.gradient if with_gradient else None)
-            scorings.append(_scoring(part.input, segment))
+            scorings.append(_scoring(part.input, segment, sequences))
         device = self.decoder.device
         tokens_T, positions_T = (torch.from_numpy(np.concatenate(x)).to(device) for x in (tokens, positions))
-        return PackedRow(tokens_T, positions_T, [s.segment for s in scorings]), sequences, scorings
+        return PackedRow(tokens_T, positions_T, [s.segment for s in scorings]), scorings
 
 
-def _scoring(given: TrainingInput, segment: Segment) -> _Scoring:
-    """The segment's pairs, datum after datum, row-major within one."""
+def _scoring(given: TrainingInput, segment: Segment, sequences: list[PackedSequence]) -> _Scoring:
+    """The part's pairs, datum after datum, row-major within one."""
     data = given.data
-    rows = np.arange(segment.start, segment.end)
-    lengths = [datum.length for datum in data]
-    row_P = np.concatenate(
-        [
-            np.repeat(r, d.targets_NK.shape[1])
-            for r, d in zip(np.split(rows, np.cumsum(lengths)[:-1]), data, strict=True)
-        ]
-    )
+    row_P = np.concatenate([np.repeat(q.rows_N, d.targets_NK.shape[1]) for q, d in zip(sequences, data, strict=True)])
     inputs = {name: np.concatenate([d.inputs[name].ravel() for d in data]) for name in data[0].inputs}
     weighted = inputs[LOSSES[given.loss_fn].weight_input] != 0
     has_term = np.zeros(segment.end, bool)
     np.logical_or.at(has_term, row_P, weighted)
     token_P = np.concatenate([d.targets_NK.ravel() for d in data])
-    return _Scoring(given, segment, row_P, token_P, inputs, has_term[row_P])
+    return _Scoring(given, segment, sequences, row_P, token_P, inputs, has_term[row_P])
 
 
 def _split_logprobs(data: Sequence[PreparedDatum], scoring: _Scoring) -> list[FloatArray]:

@@ -29,7 +29,7 @@ from mint.engine.models.ops import (
     rotate_backward,
     swiglu_backward,
 )
-from mint.engine.models.packed_attention import PackedAttention
+from mint.engine.models.packed_attention import PackedAttention, PackedSequence
 from mint.engine.models.weights import DecoderWeights, LayerWeights
 from mint.engine.workspace import Workspace
 
@@ -186,8 +186,8 @@ class Decoder:
         c = self.config
         return flat_TH.view(len(flat_TH), c.num_kv_heads, c.num_heads // c.num_kv_heads, c.head_dim)
 
-    def packed_attention(self, sequences: list[tuple[int, int]]) -> PackedAttention:
-        """Within each of these [start, end) rows, which follow one another."""
+    def packed_attention(self, sequences: list[PackedSequence]) -> PackedAttention:
+        """Within each of these sequences."""
         c = self.config
         return PackedAttention(self.ws, sequences, (c.num_heads, c.num_kv_heads), c.head_dim)
 

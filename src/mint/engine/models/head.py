@@ -103,7 +103,11 @@ class Head:
         logits_CV = self.logits(chunk.normed_CD, lora, u_CR)
         exact_P = None
         if logits_CV.dtype != torch.float32:
-            exact_P = self.exact_logits(chunk.normed_CD[chunk.row_P], chunk.token_P, lora)
+            step = rows_per_chunk(logits_CV.shape[1])  # there may be many pairs for a row
+            blocks = [slice(first, first + step) for first in range(0, len(chunk.row_P), step)]
+            exact_P = torch.cat(
+                [self.exact_logits(chunk.normed_CD[chunk.row_P[b]], chunk.token_P[b], lora) for b in blocks]
+            )
         borders = torch.arange(0, len(logits_CV) + SOFTMAX_ROWS, SOFTMAX_ROWS, device=logits_CV.device)
         pair_borders = torch.searchsorted(chunk.row_P, borders).tolist()
         for i, first in enumerate(range(0, len(logits_CV), SOFTMAX_ROWS)):

@@ -4,7 +4,9 @@ Explicit products beat the fused CPU kernel's backward, and blocks of query rows
 keep memory linear in the length. The row's heads are gathered into scratch where every sequence has a multiple of STEP
 positions, block after block: the products then take contiguous operands of few different shapes, for which the processor's
 kernels are fast and need not be made anew for every length. What fills a sequence up repeats its last token, which is its
-own and comes after everything that is read. Shapes depend on a sequence's own length alone.
+own and comes after everything that is read. Where sequences begin alike, one has the rows of that beginning and the
+others gather their keys and values from there; their own queries begin at the multiple of STEP before the first own row.
+Shapes depend on a sequence's own length, and on what it shares, alone.
 Shape letters: T tokens of the row, P positions of the filled-up sequences together, N heads (H of q, then K each of k and
 v), G query heads per key/value head, E head_dim, b rows of a block, n keys it sees.
 """
@@ -22,6 +24,15 @@ from mint.engine.models.attention import QUERY_BLOCK, causal_mask, probabilities
 from mint.engine.workspace import Workspace
 
 STEP = 32
+SHARED_AT_ONCE = 2**13  # head rows whose gradients are added in float32 at once
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class PackedSequence:
+    """Where each of a sequence's tokens lies in the packed row. The first `num_shared` are an earlier sequence's."""
+
+    rows_N: np.ndarray
+    num_shared: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,42 +48,60 @@ class _Block:
 
 
 class PackedAttention:
-    """Of one packed row. `heads`: of queries and of keys; sequences: [start, end) rows that follow one another."""
+    """Of one packed row. `heads`: of queries and of keys; the sequences' own rows follow one another."""
 
     def __init__(
-        self, ws: Workspace, sequences: Sequence[tuple[int, int]], heads: tuple[int, int], head_dim: int
+        self, ws: Workspace, sequences: Sequence[PackedSequence], heads: tuple[int, int], head_dim: int
     ) -> None:
         self._ws, self._heads, self._head_dim = ws, heads, head_dim
         num_q, num_kv = heads
-        num_tokens = sequences[-1][1]
-        blocks, queries, keys_values, filled = [], [], [], []
+        num_tokens = int(sequences[-1].rows_N[-1]) + 1
+        blocks, queries, keys_values, filled, shared = [], [], [], [], []
         query_at, keys_at = 0, 0
-        for first, last in sequences:
-            length = -(-(last - first) // STEP) * STEP
-            token_n = np.minimum(first + np.arange(length), last - 1)
+        for sequence in sequences:
+            size, first = len(sequence.rows_N), sequence.num_shared
+            length = -(-size // STEP) * STEP
+            token_n = sequence.rows_N[np.minimum(np.arange(length), size - 1)]
             keys_values.append((num_q + np.arange(2 * num_kv)[:, None]) * num_tokens + token_n)
-            for start in range(0, length, QUERY_BLOCK):
+            shared.append(keys_at + np.arange(2 * num_kv)[:, None] * length + np.arange(first))
+            for start in range(first - first % STEP, length, QUERY_BLOCK):
                 end = min(start + QUERY_BLOCK, length)
                 blocks.append(_Block(start, end, length, query_at, keys_at))
                 queries.append(np.arange(num_q)[:, None] * num_tokens + token_n[start:end])
-                filled.append(np.broadcast_to(first + np.arange(start, end) >= last, (num_q, end - start)))
+                position = np.arange(start, end)
+                filled.append(np.broadcast_to((position < first) | (position >= size), (num_q, end - start)))
                 query_at += num_q * (end - start)
             keys_at += 2 * num_kv * length
         self._blocks = blocks
         self._longest = max(block.length for block in blocks)
-        source_q, source_kv = (np.concatenate([part.ravel() for part in parts]) for parts in (queries, keys_values))
-        filled_q = np.concatenate([part.ravel() for part in filled])
+        source_q, source_kv, shared_kv, filled_q = (
+            np.concatenate([part.ravel() for part in parts]) for parts in (queries, keys_values, shared, filled)
+        )
         source = np.concatenate([source_q, source_kv])
-        # the later of two places with one source is a filling, but for the last token, whose first place counts
+        # of several places with one source the first counts: later ones are fillings, or keys and values that are shared
         place = np.empty((num_q + 2 * num_kv) * num_tokens, np.int64)
         place[source[::-1]] = np.arange(len(source))[::-1]
         place_TH = place[: num_q * num_tokens].reshape(num_q, num_tokens).T.ravel()
         head, token = np.divmod(source_q, num_tokens)
         self._num_queries = len(source_q)
         self._source, self._place, self._place_TH, self._source_TH, self._filled = (
-            torch.from_numpy(np.ascontiguousarray(index)).to(ws.device)
-            for index in (source, place, place_TH, token * num_q + head, np.flatnonzero(filled_q))
+            self._index(index) for index in (source, place, place_TH, token * num_q + head, np.flatnonzero(filled_q))
         )
+        self._shared = self._shared_gradients(source_kv[shared_kv], shared_kv + len(source_q))
+
+    def _index(self, index: np.ndarray) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(index)).to(self._ws.device)
+
+    def _shared_gradients(self, source: np.ndarray, place: np.ndarray) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Places of gradients that belong to another sequence's keys and values: those head rows, which of them each
+        place is for, and the places; not too many at once."""
+        order = np.argsort(source, kind="stable")
+        parts = []
+        for first in range(0, len(order), SHARED_AT_ONCE):
+            chosen = order[first : first + SHARED_AT_ONCE]
+            rows, targets = np.unique(source[chosen], return_inverse=True)
+            parts.append((self._index(rows), self._index(targets), self._index(place[chosen])))
+        return parts
 
     def __call__(self, layer: int, qkv_NTE: Tensor, out_TH: Tensor) -> None:
         """Writes the attention of every token."""
@@ -109,7 +138,10 @@ class PackedAttention:
             grad_q = self._rows(grad_queries, block)
             torch.baddbmm(grad_q, grad_scores, k, beta=0, alpha=scale, out=grad_q)
             grad_k.baddbmm_(grad_scores.transpose(1, 2), q, beta=more, alpha=scale)
-        torch.index_select(grads, 0, self._place, out=grad_NTE.view(-1, self._head_dim))
+        heads = grad_NTE.view(-1, self._head_dim)
+        torch.index_select(grads, 0, self._place, out=heads)
+        for rows, targets, places in self._shared:  # summed in float32: there may be many
+            heads[rows] = heads[rows].float().index_add_(0, targets, grads[places].float()).to(dtype)
 
     def _scratch(self, name: str, rows: int, dtype: torch.dtype) -> Tensor:
         return self._ws.get(name, (rows, self._head_dim), dtype)
