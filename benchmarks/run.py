@@ -32,6 +32,7 @@ COMMANDS = {
     "sampling": ["sampling.py", "--pairs", "5", "--batches", "1,8,32,128"],
     "limits": ["limits.py", "--pairs", "7"],
     "tenants": ["tenants.py", "--pairs", "7"],
+    "sharing": ["sharing.py"],
     "fairness": ["fairness.py"],
     "invariant": ["invariant.py"],
     "memory": ["memory.py"],

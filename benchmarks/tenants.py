@@ -1,7 +1,8 @@
 """What sharing a base costs: runs with one conversation each, in one pass, against one run with all of them.
 
 One JSON line: tokens/s of the many as a share of the one's (the same conversations, steps in turn, losses compared), and
-the memory that one more run takes, against its own state: weights, two moments and gradient, 16 bytes a parameter.
+the memory that one more run takes, against its own state: weights, two moments and gradient, 16 bytes a parameter. Each
+conversation begins in its own way: what datums have in common a run computes once, which runs cannot do for each other.
 """
 
 from __future__ import annotations
@@ -42,7 +43,12 @@ def main() -> None:
     service, process = mint.ServiceClient(), psutil.Process()
     one = service.create_lora_training_client(BASE_MODEL, rank=RANK, seed=0, train_unembed=False)
     tokenizer = one.get_tokenizer()
-    rows = [tokenizer.apply_chat_template(row, return_dict=False) for row in load_demo()[0][: args.runs]]
+    rows = [
+        tokenizer.apply_chat_template(
+            [{"role": "system", "content": f"Conversation {i}"}, *row], return_dict=False
+        )
+        for i, row in enumerate(load_demo()[0][: args.runs])
+    ]
     shares = [[datum(ids)] for ids in rows]
     together = [[datum for share in shares for datum in share]]
     step([one], together)
