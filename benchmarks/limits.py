@@ -20,6 +20,7 @@ from mint import settings
 from mint.data import load_demo
 from mint.engine.backend import GenerateRequest, Part, drain
 from mint.engine.decoder_backend import DecoderBackend
+from mint.engine.packing import pack_sequences
 from mint.hub import load_tokenizer, resolve_model
 from mint.types.params import AdamParams, LoraConfig
 from mint.types.requests import prepare_training_input
@@ -46,8 +47,8 @@ def products(backend: DecoderBackend, num_tokens: int) -> float:
 
 def training(backend: DecoderBackend, rows: list[list[int]], pairs: int) -> dict[str, object]:
     backend.add_run("run", LoraConfig(rank=RANK, train_unembed=False), 0)
-    num_tokens = sum(len(ids) - 1 for ids in rows)
     given = prepare_training_input([datum(ids) for ids in rows], "cross_entropy", None)
+    num_tokens = int(pack_sequences([one.tokens_N for one in given.data], 0)[-1].rows_N[-1]) + 1  # that are computed
 
     def step() -> None:
         drain(backend.forward_backward([Part("run", given)]))

@@ -44,9 +44,7 @@ def main() -> None:
     one = service.create_lora_training_client(BASE_MODEL, rank=RANK, seed=0, train_unembed=False)
     tokenizer = one.get_tokenizer()
     rows = [
-        tokenizer.apply_chat_template(
-            [{"role": "system", "content": f"Conversation {i}"}, *row], return_dict=False
-        )
+        tokenizer.apply_chat_template([{"role": "system", "content": f"Conversation {i}"}, *row], return_dict=False)
         for i, row in enumerate(load_demo()[0][: args.runs])
     ]
     shares = [[datum(ids)] for ids in rows]

@@ -87,8 +87,8 @@ class PartResult:
 
 @dataclass(frozen=True, slots=True, repr=False)
 class MicroBatch:
-    """The share of one pass: some of an operation's datums, `num_tokens` together. Other runs may join as long as the pass
-    has at most `max_tokens`."""
+    """The share of one pass: some of an operation's datums, which count as `num_tokens` together (fewer than they have where
+    they begin alike). Other runs may join as long as the pass has at most `max_tokens`."""
 
     input: TrainingInput
     num_tokens: int

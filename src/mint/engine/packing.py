@@ -20,7 +20,7 @@ MIN_SHARED = 16  # with fewer tokens, arranging it costs about what it saves
 SHARED_PER_TOKEN = 16  # copies of so many shared tokens' keys and values count as one token of a pass
 
 
-def num_shared(a_N: TokenIds, b_N: TokenIds) -> int:
+def num_shareable(a_N: TokenIds, b_N: TokenIds) -> int:
     """Of the tokens with which both begin, those that b can take from a: its last one stays its own."""
     length = min(len(a_N), len(b_N) - 1)
     differs = a_N[:length] != b_N[:length]
@@ -39,7 +39,7 @@ def pack_sequences(tokens: Sequence[TokenIds], first_row: int) -> list[PackedSeq
         at = bisect_left(keys, key)
         shared, source = 0, 0
         for neighbour in members[max(at - 1, 0) : at + 1]:
-            if (found := num_shared(tokens[neighbour], tokens_N)) > shared:
+            if (found := num_shareable(tokens[neighbour], tokens_N)) > shared:
                 shared, source = found, neighbour
         own = np.arange(row, row + len(tokens_N) - shared)
         packed.append(PackedSequence(np.concatenate([packed[source].rows_N[:shared], own]) if shared else own, shared))

@@ -18,7 +18,7 @@ from mint.engine.lora import UNEMBED_SITE, Segment
 from mint.engine.models.decoder import Decoder, LayerActivations, PackedRow
 from mint.engine.models.head import Derivative, Head, Targets
 from mint.engine.models.packed_attention import PackedAttention, PackedSequence
-from mint.engine.packing import counted_tokens, num_shared, pack_sequences, split_into_passes
+from mint.engine.packing import counted_tokens, num_shareable, pack_sequences, split_into_passes
 from mint.engine.runs import TrainingRun, as_cross_entropy, part_result, settle_gradient, surrogate
 from mint.losses import LOSSES
 from mint.types.requests import PreparedDatum, TrainingInput
@@ -66,7 +66,7 @@ class Trainer:
         """See `Backend.micro_batches`. A datum longer than the plan's pass goes alone."""
         cap = self.runs[run_id].plan.max_tokens_per_pass
         tokens = [datum.tokens_N for datum in given.data]
-        shared = [0, *(num_shared(a, b) for a, b in pairwise(tokens))]
+        shared = [0, *(num_shareable(a, b) for a, b in pairwise(tokens))]
         shares = []
         for indices, num_tokens in split_into_passes([len(tokens_N) for tokens_N in tokens], shared, cap):
             part = TrainingInput(given.data[indices.start : indices.stop], given.loss_fn, given.loss_fn_config)

@@ -8,7 +8,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mint.engine.packing import MIN_SHARED, counted_tokens, num_shared, pack_sequences, split_into_passes
+from mint.engine.packing import MIN_SHARED, counted_tokens, num_shareable, pack_sequences, split_into_passes
 
 # the same examples in every run, and no folder of found ones
 SETTINGS = settings(max_examples=300, deadline=None, derandomize=True, database=None)
@@ -111,7 +111,7 @@ def test_each_datum_shares_the_longest_beginning_there_is(tokens: list[list[int]
         most = max((min(common_beginning(t, tokens[i]), len(tokens[i]) - 1) for t in tokens[:i]), default=0)
         assert sequence.num_shared == (most if most >= MIN_SHARED else 0)
         if i:
-            assert num_shared(np.array(tokens[i - 1]), np.array(tokens[i])) <= sequence.num_shared
+            assert num_shareable(np.array(tokens[i - 1]), np.array(tokens[i])) <= sequence.num_shared
 
 
 def test_token_ids_of_every_size_are_told_apart() -> None:
