@@ -67,6 +67,25 @@ def test_two_runs_in_one_pass_compute_what_each_computes_alone(
                 np.testing.assert_allclose(ours[name], theirs[name], atol=1e-5)
 
 
+def test_a_tenants_sample_waits_for_one_of_another_tenants_many(
+    world: Embedded, tiny_model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each request fills the batch, so that they run one after the other."""
+    samplers = [world.client(tenant).create_sampling_client(base_model=tiny_model) for tenant in ("many", "one")]
+    backend = world.backends[0]()
+    assert backend is not None and len(world.backends) == 1
+    ended: list[int] = []
+    step = backend.step
+    monkeypatch.setattr(backend, "step", lambda: [ended.append(len(g.sequences)) or g for g in step()])
+    params = types.SamplingParams(max_tokens=2, seed=0, stop=[])
+    with world.held():
+        futures = [samplers[0].sample(prompt(i), 64, params) for i in range(10)]
+        futures.append(samplers[1].sample(prompt(), 63, params))
+    for future in futures:
+        future.result(GUARD)
+    assert ended == [64, 63, *[64] * 9]
+
+
 def test_an_adapter_that_a_pass_does_not_involve_keeps_its_bits(
     world: Embedded, client: mint.ServiceClient, tiny_model: str
 ) -> None:
