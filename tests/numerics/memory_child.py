@@ -28,8 +28,7 @@ def peak() -> int:
 
 def planned_bytes(backend: DecoderBackend | HfBackend, lengths: tuple[int, ...], common: int) -> int:
     """Of one pass of datums of these lengths, which begin with the same tokens."""
-    num_shared = common * (len(lengths) - 1)
-    num_tokens = counted_tokens(sum(lengths) - num_shared, num_shared)
+    num_tokens = lengths[0] + sum(counted_tokens(length, common) for length in lengths[1:])
     if isinstance(backend, HfBackend):
         return int(GAPS * backend._pass_bytes(backend._runs["run"].weights(), num_tokens))
     return backend._pass_memory.of_pass(num_tokens, backend._recomputed_layers(num_tokens), max(lengths))

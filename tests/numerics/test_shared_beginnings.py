@@ -104,8 +104,12 @@ def test_every_loss_takes_its_own_terms_on_rows_that_are_shared(tiny: Callable[.
     assert relative_error(gradient(backend, "run"), expected_gradient) <= FP32_GRADIENT
 
 
-def test_a_custom_loss_reads_and_differentiates_every_datum(tiny: Callable[..., Path]) -> None:
-    """A preference loss of pairs with one prompt each, against PEFT under torch's autograd."""
+@pytest.mark.parametrize(("cap", "rows"), [(4096, [3 * 95]), (110, [95] * 3 * 2), (80, [70, 85] * 3 * 2)])
+def test_a_custom_loss_reads_and_differentiates_every_datum(
+    tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, cap: int, rows: list[int]
+) -> None:
+    """A preference loss of pairs with one prompt each, against PEFT under torch's autograd: all in one pass, a pair in
+    each, a datum in each. Several passes are made twice."""
     folder, generator = tiny("qwen3"), np.random.default_rng(2)
     data = [d for _ in range(3) for d in weighted_datums(generator, [70, 85], common=60)]
 
@@ -113,12 +117,14 @@ def test_a_custom_loss_reads_and_differentiates_every_datum(tiny: Callable[..., 
         totals = torch.stack([p.sum() for p in logprobs]).view(3, 2)
         return -torch.nn.functional.logsigmoid(0.1 * (totals[:, 0] - totals[:, 1])).sum(), {}
 
-    backend = open_backend(folder)
+    backend = open_backend(folder, max_tokens_per_pass=cap)
     tensors = add_random_run(backend, "run", LORA)
+    passes = record_passes(backend, monkeypatch)
     result = drain(backend.forward_backward_custom(part("run", data), loss))
     expected, expected_gradient = reference_gradient(
         *peft_model(folder, tensors, 4), data, lambda logprobs: loss(logprobs)[0]
     )
+    assert passes == rows
     assert largest_difference(result.logprobs, expected) <= FP32_LOGPROB
     assert relative_error(gradient(backend, "run"), expected_gradient) <= FP32_GRADIENT
 
@@ -139,6 +145,17 @@ def test_datums_of_the_same_tokens_keep_their_own_targets_and_weights(
     passes = record_passes(backend, monkeypatch)
     result = forward_backward(backend, "run", data)
     assert passes == [40 + 4]
+    assert largest_difference(result.logprobs, expected) <= FP32_LOGPROB
+    assert relative_error(gradient(backend, "run"), expected_gradient) <= FP32_GRADIENT
+
+
+def test_rows_that_are_shared_are_scored_in_several_chunks(tiny: Callable[..., Path]) -> None:
+    """As many pairs as there are datums for some rows of the first chunk; two more chunks."""
+    folder, data = tiny("llama"), weighted_datums(np.random.default_rng(4), [40] * 300, common=32)
+    expected, expected_gradient = each_alone(folder, data)
+    backend = open_backend(folder, max_tokens_per_pass=10**4)
+    add_random_run(backend, "run", LORA)
+    result = forward_backward(backend, "run", data)
     assert largest_difference(result.logprobs, expected) <= FP32_LOGPROB
     assert relative_error(gradient(backend, "run"), expected_gradient) <= FP32_GRADIENT
 
@@ -178,7 +195,7 @@ def test_runs_share_no_rows(tiny: Callable[..., Path], monkeypatch: pytest.Monke
 
 
 def test_a_pass_holds_more_datums_that_begin_alike(tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Up to its cap in rows, and a sixteenth of the tokens that are shared."""
+    """Up to its cap in rows, and a sixteenth of what attention holds beside them."""
     backend = open_backend(tiny("llama"), max_tokens_per_pass=100)
     add_random_run(backend, "run", LORA)
     passes = record_passes(backend, monkeypatch)

@@ -13,11 +13,11 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from mint.engine.models.packed_attention import PackedSequence
+from mint.engine.models.packed_attention import STEP, PackedSequence
 
 TokenIds = npt.NDArray[np.int64]
 MIN_SHARED = 16  # with fewer tokens, arranging it costs about what it saves
-SHARED_PER_TOKEN = 16  # copies of so many shared tokens' keys and values count as one token of a pass
+COPIES_PER_TOKEN = 16  # so many places in attention, of queries or of keys and values, count as one token of a pass
 
 
 def num_shareable(a_N: TokenIds, b_N: TokenIds) -> int:
@@ -49,9 +49,16 @@ def pack_sequences(tokens: Sequence[TokenIds], first_row: int) -> list[PackedSeq
     return packed
 
 
-def counted_tokens(num_rows: int, num_shared: int) -> int:
-    """What a pass of so many rows counts as, whose datums take so many tokens from earlier ones."""
-    return num_rows + -(-num_shared // SHARED_PER_TOKEN)
+def counted_tokens(length: int, num_shared: int) -> int:
+    """What a datum counts as in a pass. Where it shares its beginning: its own tokens, and a part of what attention holds
+    beside them, copies of shared keys and values and fillings. That is what they take where every layer is recomputed;
+    elsewhere tokens take more and the copies as much, so that the pass needs less than it counts as."""
+    if not num_shared:
+        return length
+    own = length - num_shared
+    keys = -(-length // STEP) * STEP
+    queries = keys - num_shared // STEP * STEP
+    return own + -(-(keys + queries - 2 * own) // COPIES_PER_TOKEN)
 
 
 def split_into_passes(lengths: Sequence[int], shared: Sequence[int], max_tokens: int) -> list[tuple[range, int]]:
@@ -62,7 +69,7 @@ def split_into_passes(lengths: Sequence[int], shared: Sequence[int], max_tokens:
     fewest that filling in order allows; then, unless some datum is longer than a pass, the cap is lowered while that
     number holds, so that passes are filled evenly.
     """
-    added = [counted_tokens(length - common, common) for length, common in zip(lengths, shared, strict=True)]
+    added = [counted_tokens(length, common) for length, common in zip(lengths, shared, strict=True)]
 
     def fill(cap: int) -> list[tuple[range, int]]:
         passes, start, total = [], 0, 0

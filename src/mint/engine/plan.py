@@ -25,7 +25,8 @@ KERNELS_OF_BLOCK = 7  # for attention's, of a block of query rows
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """max_tokens_per_pass: datums are packed up to it. max_tokens: what memory allows; a longer datum is refused.
+    """max_tokens_per_pass: datums are packed up to it, as packing.py counts them. max_tokens: what memory allows; a longer
+    datum is refused.
 
     A datum longer than a pass goes alone. So passes of 1 token have every datum go alone, and its numbers, shapes of products
     included, depend on no other: the batch-invariant mode.

@@ -56,7 +56,7 @@ class Trainer:
     """Runs on one decoder."""
 
     def __init__(self, decoder: Decoder, recomputed_layers: Callable[[int], int]) -> None:
-        """`recomputed_layers`: of a pass of so many tokens."""
+        """`recomputed_layers`: of a pass of so many tokens, as they count."""
         self.decoder = decoder
         self._recomputed_layers = recomputed_layers
         self.head = Head(decoder)
@@ -105,7 +105,7 @@ class Trainer:
         attention = self.decoder.packed_attention(sequences)
         sites = {site for segment in row.segments for site in segment.weights or ()}
         keep = with_gradient and sites != {UNEMBED_SITE}
-        num_tokens = counted_tokens(len(row.tokens_T), sum(sequence.num_shared for sequence in sequences))
+        num_tokens = sum(counted_tokens(len(sequence.rows_N), sequence.num_shared) for sequence in sequences)
         recompute = self._recomputed_layers(num_tokens) if keep else 0
         final_TD, kept = yield from self.decoder.forward(row, attention, keep=keep, recompute=recompute)
         normed_TD, rstd = self.head.normalise(final_TD)

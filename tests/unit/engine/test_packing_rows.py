@@ -20,13 +20,13 @@ def datums(draw: st.DrawFn) -> tuple[list[int], list[int]]:
     """Lengths, and tokens that each has in common with the one before."""
     lengths = draw(st.lists(st.integers(1, 60), min_size=1, max_size=24))
     most = [0, *(min(a, b - 1) for a, b in pairwise(lengths))]
-    return lengths, [draw(st.one_of(st.just(0), st.integers(0, n))) for n in most]
+    return lengths, [draw(st.integers(MIN_SHARED, n)) if n >= MIN_SHARED and draw(st.booleans()) else 0 for n in most]
 
 
 def cost(given: tuple[list[int], list[int]], start: int, end: int) -> int:
     """Of a pass of these datums: the first whole, of the others what they do not share."""
     lengths, shared = given
-    return lengths[start] + sum(counted_tokens(lengths[i] - shared[i], shared[i]) for i in range(start + 1, end))
+    return lengths[start] + sum(counted_tokens(lengths[i], shared[i]) for i in range(start + 1, end))
 
 
 def fewest_passes(given: tuple[list[int], list[int]], cap: int) -> int:
@@ -45,6 +45,15 @@ def smallest_largest_pass(given: tuple[list[int], list[int]], num_passes: int) -
     for _ in range(num_passes):
         best = [float("inf"), *(min(max(best[s], cost(given, s, end)) for s in range(end)) for end in ends)]
     return int(best[-1])
+
+
+def test_what_a_datum_counts_as() -> None:
+    """Its own tokens, and a sixteenth of the places of copies and fillings, in steps of 32."""
+    assert [counted_tokens(length, 0) for length in (1, 17, 1000)] == [1, 17, 1000]
+    assert counted_tokens(164, 64) == 100 + -(-((192 - 100) + (128 - 100)) // 16)
+    assert counted_tokens(17, 16) == 1 + -(-(31 + 31) // 16)
+    assert counted_tokens(1024 + 32, 1024) == 32 + 1024 // 16
+    assert all(counted_tokens(length, n) < length for length in range(17, 200) for n in range(MIN_SHARED, length))
 
 
 @SETTINGS

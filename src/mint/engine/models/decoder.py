@@ -39,8 +39,8 @@ Attention = Callable[[int, Tensor, Tensor], None]
 
 @dataclass(frozen=True, slots=True, repr=False)
 class PackedRow:
-    """Sequences laid end to end. positions_T count from each sequence's start; segments are the rows of each run, in
-    order."""
+    """Sequences laid end to end, or what is their own of them (see `PackedSequence`). positions_T count from each sequence's
+    start; segments are the rows of each run, in order."""
 
     tokens_T: Tensor
     positions_T: Tensor

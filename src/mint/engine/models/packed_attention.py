@@ -6,7 +6,7 @@ positions, block after block: the products then take contiguous operands of few 
 kernels are fast and need not be made anew for every length. What fills a sequence up repeats its last token, which is its
 own and comes after everything that is read. Where sequences begin alike, one has the rows of that beginning and the
 others gather their keys and values from there; their own queries begin at the multiple of STEP before the first own row.
-Shapes depend on a sequence's own length, and on what it shares, alone.
+Blocks end at the same places whatever is shared, and shapes depend on a sequence's length and on what it shares alone.
 Shape letters: T tokens of the row, P positions of the filled-up sequences together, N heads (H of q, then K each of k and
 v), G query heads per key/value head, E head_dim, b rows of a block, n keys it sees.
 """
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -64,8 +65,8 @@ class PackedAttention:
             token_n = sequence.rows_N[np.minimum(np.arange(length), size - 1)]
             keys_values.append((num_q + np.arange(2 * num_kv)[:, None]) * num_tokens + token_n)
             shared.append(keys_at + np.arange(2 * num_kv)[:, None] * length + np.arange(first))
-            for start in range(first - first % STEP, length, QUERY_BLOCK):
-                end = min(start + QUERY_BLOCK, length)
+            borders = range(first - first % QUERY_BLOCK + QUERY_BLOCK, length, QUERY_BLOCK)
+            for start, end in pairwise([first - first % STEP, *borders, length]):
                 blocks.append(_Block(start, end, length, query_at, keys_at))
                 queries.append(np.arange(num_q)[:, None] * num_tokens + token_n[start:end])
                 position = np.arange(start, end)

@@ -1,4 +1,4 @@
-"""Who waits to begin: tenants take turns, so that a burst of one delays the others by a request for each of theirs."""
+"""Who waits to begin, and in which order: tenants take turns, so that of a burst one request stands before another's first."""
 
 from __future__ import annotations
 
