@@ -15,7 +15,7 @@ install: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and f"MinT needs Python 3.11 or newer, this is {v[0]}.{v[1]}; try make PYTHON=python3.12")'
-	$(BIN)/python -m pip install --disable-pip-version-check -q $(PIP_ARGS) -c constraints.txt -e ".[offline,dev]"
+	$(BIN)/python -m pip install --disable-pip-version-check -q $(PIP_ARGS) -c constraints.txt -e ".[offline,fast,dev]"
 	touch $@
 
 # fine-tune SmolLM2-135M-Instruct on the packaged chat set; the model comes from a Python package, no hub is asked

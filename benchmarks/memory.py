@@ -72,7 +72,7 @@ def child(folder: Path, recomputed: int, dtype: str, lengths: list[int]) -> None
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
     seconds = run(lengths)
     peak = resident("VmHWM")
-    planned = backend._pass_memory.of_pass(sum(lengths), recomputed, max(lengths))
+    planned = backend._compute.pass_memory.of_pass(sum(lengths), recomputed, max(lengths))
     result = {
         "planned_mb": round(planned / 1e6),
         "measured_mb": round((peak - before) / 1e6),

@@ -13,6 +13,7 @@ from mint.errors import InputError, MintError, StorageError
 
 DTYPES = ("bfloat16", "float32")
 BACKENDS = ("decoder", "hf")
+KERNELS = ("compiled", "torch")
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +29,7 @@ class Settings:
     batch_invariant: a datum's and a sequence's numbers depend on no neighbour, in float32 too (MINT_BATCH_INVARIANT=1).
     memory_gb: memory to plan with, in GB of 1e9 bytes, instead of the machine's (MINT_MEMORY_GB).
     backend: "decoder" (MinT's own) or "hf" (transformers) for every model (MINT_BACKEND).
+    kernels: "compiled" or "torch" for the decoder (MINT_KERNELS).
     cache_gb: how large the cache of conversions may grow, in GB of 1e9 bytes (MINT_CACHE_GB, default 2).
     base_url: a remote server (MINT_BASE_URL, then TINKER_BASE_URL).
     api_key: its key (MINT_API_KEY, then TINKER_API_KEY); never printed.
@@ -43,6 +45,7 @@ class Settings:
     recompute_layers: int | None = None
     memory_gb: int | None = None
     batch_invariant: bool = False
+    kernels: str | None = None
     base_url: str | None = None
     api_key: str | None = None
 
@@ -130,6 +133,7 @@ def load() -> Settings:
         recompute_layers=_whole("MINT_RECOMPUTE_LAYERS", 0),
         memory_gb=_whole("MINT_MEMORY_GB", 1),
         batch_invariant=_one_of("MINT_BATCH_INVARIANT", ("0", "1")) == "1",
+        kernels=_one_of("MINT_KERNELS", KERNELS),
         base_url=env.get("MINT_BASE_URL") or env.get("TINKER_BASE_URL") or None,
         api_key=env.get("MINT_API_KEY") or env.get("TINKER_API_KEY") or None,
     )

@@ -12,7 +12,7 @@ import psutil
 from mint import types
 from mint.engine.decoder_backend import DecoderBackend
 from mint.engine.hf.backend import GAPS, HfBackend
-from mint.engine.packing import counted_tokens
+from mint.engine.packing import num_copies
 from tests.support.engine import add_random_run, forward_backward, open_backend, open_hf, weighted_datums
 
 STATUS = Path("/proc/self/status")
@@ -28,10 +28,12 @@ def peak() -> int:
 
 def planned_bytes(backend: DecoderBackend | HfBackend, lengths: tuple[int, ...], common: int) -> int:
     """Of one pass of datums of these lengths, which begin with the same tokens."""
-    num_tokens = lengths[0] + sum(counted_tokens(length, common) for length in lengths[1:])
     if isinstance(backend, HfBackend):
-        return int(GAPS * backend._pass_bytes(backend._runs["run"].weights(), num_tokens))
-    return backend._pass_memory.of_pass(num_tokens, backend._recomputed_layers(num_tokens), max(lengths))
+        return int(GAPS * backend._pass_bytes(backend._runs["run"].weights(), sum(lengths)))
+    num_tokens = lengths[0] + sum(length - common for length in lengths[1:])
+    copies = sum(num_copies(length, common) for length in lengths[1:])
+    recomputed = backend._recomputed_layers(num_tokens)  # as asked for
+    return backend._compute.pass_memory.of_pass(num_tokens, recomputed, max(lengths), copies)
 
 
 def main(folder: Path, kind: str, dtype: str, recomputed: int, common: int, *lengths: int) -> None:

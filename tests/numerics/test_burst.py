@@ -24,6 +24,7 @@ from mint.engine.sampling.cache import position_bytes, prompt_capacity
 from mint.engine.sampling.kernels import PREFILL_CHUNK
 from mint.engine.sampling.sampler import MAX_SEQUENCES, PREFILLS_PER_STEP
 from mint.engine.sampling.slabs import STEP, slab_capacity
+from mint.engine.sampling.torch_passes import TorchPasses
 from tests.support.engine import add_random_run, generate, open_backend, open_hf, random_prompt, request
 
 LORAS = (types.LoraConfig(rank=4), types.LoraConfig(rank=7, train_attn=False))
@@ -338,13 +339,15 @@ def _answers(backend: DecoderBackend | HfBackend, count: int) -> list[Generation
 
 def test_no_pass_has_more_rows_than_were_examined(tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """Short prompts of many adapters: each adapter's rows are filled up by themselves."""
-    backend = open_backend(tiny("llama"), "bfloat16")
+    backend = open_backend(tiny("llama"), "bfloat16", kernels="torch")
     add_random_run(backend, "run", LORAS[0])
     adapters = [None, *(backend.snapshot("run") for _ in range(19))]
     requests = [request(random_prompt(5, seed=i), adapter=adapters[i % 20], max_new=2, seed=i) for i in range(60)]
     alone = [generate(backend, given)[0].sequences for given in requests]
     rows = []
-    decoder = backend._sampler._decoder
+    passes = backend._sampler._passes
+    assert isinstance(passes, TorchPasses)
+    decoder = passes._decoder
     forward = decoder.forward
     monkeypatch.setattr(
         decoder, "forward", lambda row, *a, **k: (rows.append(len(row.tokens_T)), forward(row, *a, **k))[1]

@@ -18,9 +18,9 @@ from mint.engine.plan import (
     BEST_TOKENS_PER_PASS,
     GOOD_TOKENS_PER_PASS,
     MIN_TOKENS_PER_PASS,
-    PassMemory,
     make_plan,
     pass_budget,
+    torch_pass_memory,
 )
 from mint.errors import InputError
 from mint.settings import Settings
@@ -39,23 +39,23 @@ def config(tiny: Callable[..., Path]) -> DecoderConfig:
 
 
 def test_more_memory_never_allows_less(config: DecoderConfig) -> None:
-    plans = [make_plan(PassMemory(config, 4), mebibytes * 2**20) for mebibytes in range(200, 4000, 50)]
+    plans = [make_plan(torch_pass_memory(config, 4), mebibytes * 2**20) for mebibytes in range(200, 4000, 50)]
     for small, large in pairwise(plans):
         assert small.max_tokens <= large.max_tokens
         assert small.max_tokens_per_pass <= large.max_tokens_per_pass
     assert len({plan.max_tokens for plan in plans}) > 10
     assert plans[-1].max_tokens_per_pass == BEST_TOKENS_PER_PASS
-    assert make_plan(PassMemory(config, 4), 2**60).max_tokens == config.max_context
+    assert make_plan(torch_pass_memory(config, 4), 2**60).max_tokens == config.max_context
 
 
 def test_half_the_element_size_allows_more() -> None:
-    plans = [make_plan(PassMemory(QWEN3_0_6B, element), 2**32) for element in (2, 4)]
+    plans = [make_plan(torch_pass_memory(QWEN3_0_6B, element), 2**32) for element in (2, 4)]
     assert plans[0].max_tokens > 1.5 * plans[1].max_tokens
 
 
 def test_too_little_memory_is_refused_with_numbers(config: DecoderConfig) -> None:
     with pytest.raises(InputError) as caught:
-        make_plan(PassMemory(config, 4), 2**20)
+        make_plan(torch_pass_memory(config, 4), 2**20)
     text = str(caught.value)
     assert "0.0 GiB beside the base model hold a training pass of 0 tokens" in text
     assert f"at least {MIN_TOKENS_PER_PASS} are needed" in text
@@ -63,9 +63,9 @@ def test_too_little_memory_is_refused_with_numbers(config: DecoderConfig) -> Non
 
 
 def test_an_asked_size_wins_but_not_over_memory(config: DecoderConfig) -> None:
-    assert make_plan(PassMemory(config, 4), 2**30, 10).max_tokens_per_pass == 10
-    assert make_plan(PassMemory(config, 4), 2**30, 4096).max_tokens_per_pass == 4096
-    plan = make_plan(PassMemory(config, 4), 2**28, 10**9)
+    assert make_plan(torch_pass_memory(config, 4), 2**30, 10).max_tokens_per_pass == 10
+    assert make_plan(torch_pass_memory(config, 4), 2**30, 4096).max_tokens_per_pass == 4096
+    plan = make_plan(torch_pass_memory(config, 4), 2**28, 10**9)
     assert plan.max_tokens_per_pass == plan.max_tokens < 10**9
 
 
@@ -126,7 +126,7 @@ def test_recomputing_layers_changes_no_bit(tiny: Callable[..., Path], family: st
 
 
 def test_recomputing_takes_as_little_as_memory_asks_for(config: DecoderConfig) -> None:
-    memory = PassMemory(config, 4)
+    memory = torch_pass_memory(config, 4)
     needs = [memory.of_pass(1000, n) for n in range(config.num_layers + 1)]
     for budget in range(min(needs) // 2, 2 * max(needs), max(needs) // 50):
         recomputed = memory.recomputed_layers(1000, budget)
@@ -136,7 +136,7 @@ def test_recomputing_takes_as_little_as_memory_asks_for(config: DecoderConfig) -
 
 
 def test_scarce_memory_makes_passes_smaller_before_layers_are_recomputed() -> None:
-    memory = PassMemory(QWEN3_0_6B, 2)
+    memory = torch_pass_memory(QWEN3_0_6B, 2)
     for mebibytes in range(300, 8000, 100):
         budget = pass_budget(mebibytes * 2**20)
         plan = make_plan(memory, mebibytes * 2**20)

@@ -15,7 +15,7 @@ from mint import types
 from mint.engine.decoder_backend import DecoderBackend
 from mint.engine.models.attention import attend
 from mint.engine.models.weights import read_config
-from mint.engine.sampling import kernels, sampler
+from mint.engine.sampling import kernels, torch_passes
 from mint.engine.sampling.cache import PrefixCache
 from mint.engine.sampling.kernels import Kernels, positions_are_independent
 from mint.engine.workspace import Workspace
@@ -29,8 +29,10 @@ ODD = types.LoraConfig(rank=5)
 WIDE = {"hidden": 192, "intermediate": 1536, "layers": 8}
 
 
-def _backend(folder: Path, dtype: str, lora: types.LoraConfig = LORA) -> tuple[DecoderBackend, int]:
-    backend = open_backend(folder, dtype)
+def _backend(
+    folder: Path, dtype: str, lora: types.LoraConfig = LORA, kernels: str | None = None
+) -> tuple[DecoderBackend, int]:
+    backend = open_backend(folder, dtype, kernels=kernels)
     add_random_run(backend, "run", lora, scale=0.02)
     return backend, backend.snapshot("run")
 
@@ -232,8 +234,9 @@ def test_prompts_cut_anywhere_fill_every_pass(tiny: Callable[..., Path], monkeyp
 def test_where_kernels_forbid_it_prompts_are_not_cut_anywhere(
     tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, packs: bool
 ) -> None:
-    monkeypatch.setattr(sampler, "examine_kernels", lambda *_, **__: Kernels(32, 4, packs, False, False))
-    backend, adapter = _backend(tiny("llama", context=1024), "bfloat16")
+    found = Kernels(32, 4, 32, 32 if packs else 1, packs, False, False)
+    monkeypatch.setattr(torch_passes, "examine_kernels", lambda *_, **__: found)
+    backend, adapter = _backend(tiny("llama", context=1024), "bfloat16", kernels="torch")
     beginning = random_prompt(270, seed=9)
     requests = [request([*beginning, *random_prompt(20, seed=i)], adapter=adapter, seed=i) for i in range(4)]
     rows = _computed_rows(backend, monkeypatch)

@@ -60,8 +60,11 @@ def open_backend(
     max_tokens_per_pass: int | None = None,
     recompute_layers: int | None = None,
     num_threads: int = 1,
+    kernels: str | None = None,
 ) -> DecoderBackend:
-    settings = Settings(folder, None, dtype, num_threads, max_tokens_per_pass, recompute_layers=recompute_layers)
+    settings = Settings(
+        folder, None, dtype, num_threads, max_tokens_per_pass, recompute_layers=recompute_layers, kernels=kernels
+    )
     return DecoderBackend(folder, folder.name, settings)
 
 

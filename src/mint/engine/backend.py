@@ -31,7 +31,8 @@ CustomLoss = Callable[[Sequence[Any]], tuple[Any, Metrics]]
 
 @dataclass(frozen=True, slots=True)
 class BackendLimits:
-    """What this backend can do, asked once instead of probed. backend: "decoder" (MinT's own) or "transformers"."""
+    """What this backend can do, asked once instead of probed. backend: "decoder" (MinT's own) or "transformers"; kernels:
+    "torch" or what compiled MinT's own."""
 
     backend: str
     base_model: str
@@ -43,6 +44,7 @@ class BackendLimits:
     dtype: str
     num_threads: int
     torch_version: str
+    kernels: str = "torch"
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +56,7 @@ class RunPlan:
     dtype: str
     num_threads: int
     torch_version: str
+    kernels: str = "torch"
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,18 +25,18 @@ from mint.engine.backend import (
     RunPlan,
     RunReport,
 )
+from mint.engine.compute import make_compute
 from mint.engine.device import choose_device, returning_freed_memory
-from mint.engine.lora import AdapterWeights, Segment, adapter_layout, adapter_weights
-from mint.engine.models.decoder import Decoder, PackedRow
-from mint.engine.models.head import Head, Targets, rows_per_chunk
+from mint.engine.lora import AnyAdapter, Segment, adapter_layout
+from mint.engine.models.decoder import PackedRow
+from mint.engine.models.head import Targets
 from mint.engine.models.packed_attention import PackedSequence
 from mint.engine.models.weights import load_weights, read_config, read_json
-from mint.engine.plan import ONE_DATUM_PER_PASS, PassMemory, Plan, make_plan, pass_budget
+from mint.engine.plan import ONE_DATUM_PER_PASS, Plan, make_plan, pass_budget
 from mint.engine.runs import TrainingRun, custom_in_passes, flat_parameters
 from mint.engine.sampling.choose import top_logprobs
 from mint.engine.sampling.sampler import Sampler
 from mint.engine.training import Trainer
-from mint.engine.workspace import Workspace
 from mint.errors import ClosedError
 from mint.settings import Settings
 from mint.types.params import AdamParams, LoraConfig
@@ -61,23 +61,18 @@ class DecoderBackend:
         config = read_config(folder)
         with torch.inference_mode(), returning_freed_memory(self._device.torch_device):
             weights = load_weights(folder, config, self._device.dtype, self._device.torch_device)
-            self._pass_memory = PassMemory(config, self._device.dtype.itemsize)
-            decoder = Decoder(config, weights, Workspace(self._device.torch_device))
-            self._trainer = Trainer(decoder, self._recomputed_layers)
-            # a paused training pass keeps its buffers, so the sampler has its own
-            sampling = Decoder(config, weights, Workspace(self._device.torch_device))
-            self._adapters: dict[int, AdapterWeights] = {}
+            self._compute = make_compute(config, weights, self._device, settings)
+            copies = self._compute.pass_memory.copies_per_token
+            self._trainer = Trainer(self._compute.decoder, self._compute.head, self._recomputed_layers, copies)
+            self._adapters: dict[int, AnyAdapter] = {}
             self._sampler = Sampler(
-                sampling,
-                Head(sampling),
+                self._compute.passes,
                 self._adapters,
                 prefix_bytes=int(self._device.memory_bytes * PREFIX_CACHE_SHARE),
                 sequence_bytes=int(self._device.memory_bytes * SEQUENCES_SHARE),
-                batch_invariant=settings.batch_invariant,
             )
         self._next_handle = 0
         self._closed = False
-        self._base_bytes = weights.num_bytes()
         self._limits = BackendLimits(
             backend="decoder",
             base_model=name,
@@ -89,10 +84,12 @@ class DecoderBackend:
             dtype=self._device.dtype_name,
             num_threads=self._device.num_threads,
             torch_version=torch.__version__,
+            kernels=self._compute.kernels,
         )
         logger.info(
-            "%s on %s: %s, %d threads, %.2f GiB of base weights",
-            name, self._limits.device, self._limits.dtype, self._limits.num_threads, self._base_bytes / 2**30,
+            "%s on %s: %s, %d threads, kernels of %s, %.2f GiB of base weights",
+            name, self._limits.device, self._limits.dtype, self._limits.num_threads, self._limits.kernels,
+            self._compute.base_bytes / 2**30,
         )  # fmt: skip
 
     @property
@@ -106,8 +103,10 @@ class DecoderBackend:
         decoder = self._trainer.decoder
         layout = adapter_layout(decoder.config, lora)
         asked = ONE_DATUM_PER_PASS if self._settings.batch_invariant else self._settings.max_tokens_per_pass
-        plan = make_plan(self._pass_memory, self._free_bytes, asked)
-        self._trainer.runs[run_id] = TrainingRun(layout, seed, plan, decoder.device, decoder.dtype)
+        plan = make_plan(self._compute.pass_memory, self._free_bytes, asked)
+        self._trainer.runs[run_id] = TrainingRun(
+            layout, seed, plan, decoder.device, lambda params_P: self._compute.weights_of(layout, params_P, True)
+        )
         logger.info("%s: %s", run_id, self._plan_text(plan))
         return self._report(run_id)
 
@@ -117,13 +116,13 @@ class DecoderBackend:
 
     @property
     def _free_bytes(self) -> int:
-        return self._device.memory_bytes - self._base_bytes
+        return self._device.memory_bytes - self._compute.base_bytes
 
     def _recomputed_layers(self, num_tokens: int) -> int:
         """As asked for, else the fewest with which the pass stays within its share of the memory."""
         if self._settings.recompute_layers is not None:
-            return min(self._settings.recompute_layers, self._pass_memory.config.num_layers)
-        return self._pass_memory.recomputed_layers(num_tokens, pass_budget(self._free_bytes))
+            return min(self._settings.recompute_layers, self._compute.pass_memory.config.num_layers)
+        return self._compute.pass_memory.recomputed_layers(num_tokens, pass_budget(self._free_bytes))
 
     def _plan_text(self, plan: Plan) -> str:
         """For the log."""
@@ -133,8 +132,8 @@ class DecoderBackend:
         return f"{passes}; a datum of up to {self._cost_text(plan.max_tokens)}"
 
     def _cost_text(self, num_tokens: int) -> str:
-        recomputed, layers = self._recomputed_layers(num_tokens), self._pass_memory.config.num_layers
-        size = self._pass_memory.of_pass(num_tokens, recomputed) / 2**30
+        recomputed, layers = self._recomputed_layers(num_tokens), self._compute.pass_memory.config.num_layers
+        size = self._compute.pass_memory.of_pass(num_tokens, recomputed) / 2**30
         return f"{num_tokens:,} tokens ({size:.2f} GiB, {recomputed} of {layers} layers recomputed in backward)"
 
     def use_plan(self, run_id: str, plan: RunPlan) -> RunReport:
@@ -184,15 +183,15 @@ class DecoderBackend:
     @torch.inference_mode()
     def snapshot(self, run_id: str) -> int:
         run = self._trainer.runs[run_id]
-        return self._keep(adapter_weights(run.layout, run.params_P, self._device.dtype))
+        return self._keep(self._compute.weights_of(run.layout, run.params_P, False))
 
     @torch.inference_mode()
     def add_snapshot(self, lora: LoraConfig, state: AdapterState) -> int:
         layout = adapter_layout(self._trainer.decoder.config, lora)
         flat_P = flat_parameters(layout, state.tensors).to(self._device.torch_device)
-        return self._keep(adapter_weights(layout, flat_P, self._device.dtype))
+        return self._keep(self._compute.weights_of(layout, flat_P, False))
 
-    def _keep(self, weights: AdapterWeights) -> int:
+    def _keep(self, weights: AnyAdapter) -> int:
         self._next_handle += 1
         self._adapters[self._next_handle] = weights
         return self._next_handle
@@ -221,10 +220,10 @@ class DecoderBackend:
         topk: TopkLogprobs | None = None
         if num_topk:
             topk = [None]
-            step = rows_per_chunk(decoder.config.vocab_size)
+            step = head.rows_per_chunk
             for first in range(0, len(prompt) - 1, step):
                 rows = normed_TD[first : min(first + step, len(prompt) - 1)]
-                topk += top_logprobs(head.logits(rows, segment.at((-1, "unembed"))), num_topk)
+                topk += top_logprobs(head.logits_for(rows, segment), num_topk)
                 yield
         return PromptScores([None, *logprob_P.tolist()], topk)
 
@@ -252,4 +251,4 @@ class DecoderBackend:
         self._closed = True
         with returning_freed_memory(self._device.torch_device):
             self._adapters.clear()
-            del self._trainer, self._sampler
+            del self._trainer, self._sampler, self._compute

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from mint.engine.lora import adapter_layout
 from mint.engine.models.attention import QUERY_BLOCK
 from mint.engine.models.config import DecoderConfig
-from mint.engine.plan import MIN_TOKENS_PER_PASS, PassMemory, make_plan, pass_budget
+from mint.engine.plan import MIN_TOKENS_PER_PASS, make_plan, pass_budget, torch_pass_memory
 from mint.errors import InputError
 from mint.types.params import LoraConfig
 
@@ -134,7 +134,7 @@ def memory_need(
     """Of a run on every module. `asked`: tokens per pass instead of the planner's choice; `packs`: sampling copies the
     projections into the kernel's layout."""
     base = base_parameters(config) * element_size
-    memory, refusal = PassMemory(config, element_size), None
+    memory, refusal = torch_pass_memory(config, element_size), None
     try:
         tokens = make_plan(memory, limit_bytes - base, asked).max_tokens_per_pass
     except InputError as error:

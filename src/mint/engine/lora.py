@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -133,6 +134,8 @@ class SiteWeights:
 
 
 AdapterWeights = Mapping[Site, SiteWeights]
+# The same for whatever computes: torch's decoder takes AdapterWeights, the compiled one a PackedAdapter.
+AnyAdapter = Mapping[Site, Any]
 
 
 def adapter_weights(layout: AdapterLayout, flat_P: Tensor, dtype: torch.dtype) -> AdapterWeights:
@@ -178,7 +181,7 @@ class Segment:
 
     start: int
     end: int
-    weights: AdapterWeights | None = None
+    weights: AnyAdapter | None = None
     gradient: AdapterGradient | None = None
 
     def at(self, site: Site) -> SiteWeights | None:

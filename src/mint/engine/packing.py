@@ -17,7 +17,9 @@ from mint.engine.models.packed_attention import STEP, PackedSequence
 
 TokenIds = npt.NDArray[np.int64]
 MIN_SHARED = 16  # with fewer tokens, arranging it costs about what it saves
-COPIES_PER_TOKEN = 16  # so many places in attention, of queries or of keys and values, count as one token of a pass
+COPIES_PER_TOKEN = (
+    16  # so many places in attention, of queries or of keys and values, count as one token of torch's pass
+)
 
 
 def num_shareable(a_N: TokenIds, b_N: TokenIds) -> int:
@@ -49,19 +51,25 @@ def pack_sequences(tokens: Sequence[TokenIds], first_row: int) -> list[PackedSeq
     return packed
 
 
-def counted_tokens(length: int, num_shared: int) -> int:
-    """What a datum counts as in a pass. Where it shares its beginning: its own tokens, and a part of what attention holds
-    beside them, copies of shared keys and values and fillings. That is what they take where every layer is recomputed;
-    elsewhere tokens take more and the copies as much, so that the pass needs less than it counts as."""
+def num_copies(length: int, num_shared: int) -> int:
+    """What attention holds of a datum beside its own tokens where it shares its beginning: copies of shared keys and values,
+    and fillings."""
     if not num_shared:
-        return length
-    own = length - num_shared
+        return 0
     keys = -(-length // STEP) * STEP
     queries = keys - num_shared // STEP * STEP
-    return own + -(-(keys + queries - 2 * own) // COPIES_PER_TOKEN)
+    return keys + queries - 2 * (length - num_shared)
 
 
-def split_into_passes(lengths: Sequence[int], shared: Sequence[int], max_tokens: int) -> list[tuple[range, int]]:
+def counted_tokens(length: int, num_shared: int, copies_per_token: int = COPIES_PER_TOKEN) -> int:
+    """What a datum counts as in a pass: its own tokens, and a part of the copies. That is what they take where every layer is
+    recomputed; elsewhere tokens take more and the copies as much, so that the pass needs less than it counts as."""
+    return length - num_shared + -(-num_copies(length, num_shared) // copies_per_token)
+
+
+def split_into_passes(
+    lengths: Sequence[int], shared: Sequence[int], max_tokens: int, copies_per_token: int = COPIES_PER_TOKEN
+) -> list[tuple[range, int]]:
     """Consecutive datums per pass, at most `max_tokens` as they count together; a longer datum goes alone. With each pass
     what it counts as.
 
@@ -69,7 +77,7 @@ def split_into_passes(lengths: Sequence[int], shared: Sequence[int], max_tokens:
     fewest that filling in order allows; then, unless some datum is longer than a pass, the cap is lowered while that
     number holds, so that passes are filled evenly.
     """
-    added = [counted_tokens(length, common) for length, common in zip(lengths, shared, strict=True)]
+    added = [counted_tokens(length, common, copies_per_token) for length, common in zip(lengths, shared, strict=True)]
 
     def fill(cap: int) -> list[tuple[range, int]]:
         passes, start, total = [], 0, 0

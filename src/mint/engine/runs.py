@@ -6,7 +6,7 @@ Shape letters: P all parameters of an adapter, N tokens of a datum, K targets pe
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -30,8 +30,7 @@ from mint.engine.backend import (
 from mint.engine.lora import (
     AdapterGradient,
     AdapterLayout,
-    AdapterWeights,
-    adapter_weights,
+    AnyAdapter,
     flat_from_named,
     initial_parameters,
     named_tensors,
@@ -49,33 +48,43 @@ logger = logging.getLogger("mint")
 class TrainingRun:
     """One run's adapter, gradient and optimizer on the device."""
 
-    def __init__(self, layout: AdapterLayout, seed: int, plan: Plan, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        layout: AdapterLayout,
+        seed: int,
+        plan: Plan,
+        device: torch.device,
+        weights_of: Callable[[Tensor], AnyAdapter],
+    ) -> None:
+        """weights_of: what passes multiply with, from the parameters."""
         self.layout = layout
         self.params_P = initial_parameters(layout, seed).to(device)
         self.plan = plan
         self.adam: AdamState = new_adam_state(self.params_P)
         self.gradient = AdapterGradient(layout, device)
         self.has_gradient = False
-        self._dtype = dtype
-        self._weights: AdapterWeights | None = None
+        self._weights_of = weights_of
+        self._weights: AnyAdapter | None = None
 
-    def weights(self) -> AdapterWeights:
+    def weights(self) -> AnyAdapter:
         """What passes multiply with, rebuilt after the parameters changed."""
         if self._weights is None:
-            self._weights = adapter_weights(self.layout, self.params_P, self._dtype)
+            self._weights = self._weights_of(self.params_P)
         return self._weights
 
     def report(self, limits: BackendLimits) -> RunReport:
         plan = RunPlan(
-            self.plan.max_tokens_per_pass, self.plan.max_tokens, limits.dtype, limits.num_threads, limits.torch_version
-        )
+            self.plan.max_tokens_per_pass, self.plan.max_tokens, limits.dtype, limits.num_threads, limits.torch_version,
+            limits.kernels,
+        )  # fmt: skip
         return RunReport(tuple(module.name for module in self.layout.modules), self.layout.size, plan)
 
     def follow(self, plan: RunPlan, limits: BackendLimits) -> None:
         """Take over a checkpoint's plan; says so where this machine cannot repeat its bits."""
-        now = {"dtype": limits.dtype, "num_threads": limits.num_threads, "torch_version": limits.torch_version}
         changed = [
-            f"{key} {getattr(plan, key)} -> {value}" for key, value in now.items() if getattr(plan, key) != value
+            f"{key} {getattr(plan, key)} -> {getattr(limits, key)}"
+            for key in ("dtype", "num_threads", "torch_version", "kernels")
+            if getattr(plan, key) != getattr(limits, key)
         ]
         if changed:
             logger.warning(

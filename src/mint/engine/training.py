@@ -8,16 +8,18 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from mint.engine.backend import CustomLoss, FloatArray, MicroBatch, Part, PartResult
+from mint.engine.compute import AnyDecoder, AnyHead
 from mint.engine.lora import UNEMBED_SITE, Segment
-from mint.engine.models.decoder import Decoder, LayerActivations, PackedRow
-from mint.engine.models.head import Derivative, Head, Targets
-from mint.engine.models.packed_attention import PackedAttention, PackedSequence
+from mint.engine.models.decoder import PackedRow
+from mint.engine.models.head import Derivative, Targets
+from mint.engine.models.packed_attention import PackedSequence
 from mint.engine.packing import counted_tokens, num_shareable, pack_sequences, split_into_passes
 from mint.engine.runs import TrainingRun, as_cross_entropy, part_result, settle_gradient, surrogate
 from mint.losses import LOSSES
@@ -43,10 +45,10 @@ class _PassState:
     """One micro-batch between its forward and its backward."""
 
     row: PackedRow
-    attention: PackedAttention
+    attention: Any  # the decoder's
     scorings: list[_Scoring]
     final_TD: Tensor
-    kept: list[LayerActivations | Tensor]
+    kept: list[Any]
     normed_TD: Tensor
     rstd: Tensor
     grad_normed_TD: Tensor | None
@@ -55,11 +57,14 @@ class _PassState:
 class Trainer:
     """Runs on one decoder."""
 
-    def __init__(self, decoder: Decoder, recomputed_layers: Callable[[int], int]) -> None:
-        """`recomputed_layers`: of a pass of so many tokens, as they count."""
+    def __init__(
+        self, decoder: AnyDecoder, head: AnyHead, recomputed_layers: Callable[[int], int], copies_per_token: int
+    ) -> None:
+        """`recomputed_layers`: of a pass of so many tokens, as they count; `copies_per_token`: see `counted_tokens`."""
+        self._copies = copies_per_token
         self.decoder = decoder
         self._recomputed_layers = recomputed_layers
-        self.head = Head(decoder)
+        self.head = head
         self.runs: dict[str, TrainingRun] = {}
 
     def micro_batches(self, run_id: str, given: TrainingInput) -> list[MicroBatch]:
@@ -68,7 +73,7 @@ class Trainer:
         tokens = [datum.tokens_N for datum in given.data]
         shared = [0, *(num_shareable(a, b) for a, b in pairwise(tokens))]
         shares = []
-        for indices, num_tokens in split_into_passes([len(tokens_N) for tokens_N in tokens], shared, cap):
+        for indices, num_tokens in split_into_passes([len(tokens_N) for tokens_N in tokens], shared, cap, self._copies):
             part = TrainingInput(given.data[indices.start : indices.stop], given.loss_fn, given.loss_fn_config)
             shares.append(MicroBatch(part, num_tokens, max(cap, num_tokens)))
         return shares
@@ -105,7 +110,9 @@ class Trainer:
         attention = self.decoder.packed_attention(sequences)
         sites = {site for segment in row.segments for site in segment.weights or ()}
         keep = with_gradient and sites != {UNEMBED_SITE}
-        num_tokens = sum(counted_tokens(len(sequence.rows_N), sequence.num_shared) for sequence in sequences)
+        num_tokens = sum(
+            counted_tokens(len(sequence.rows_N), sequence.num_shared, self._copies) for sequence in sequences
+        )
         recompute = self._recomputed_layers(num_tokens) if keep else 0
         final_TD, kept = yield from self.decoder.forward(row, attention, keep=keep, recompute=recompute)
         normed_TD, rstd = self.head.normalise(final_TD)

@@ -25,7 +25,7 @@ from mint.engine.forecast import (
 )
 from mint.engine.models.config import DecoderConfig, decoder_config
 from mint.engine.models.weights import load_weights, read_config
-from mint.engine.plan import MIN_TOKENS_PER_PASS, PassMemory
+from mint.engine.plan import MIN_TOKENS_PER_PASS, torch_pass_memory
 
 SMOLLM2_135M = decoder_config({
     "model_type": "llama", "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
@@ -123,7 +123,7 @@ def test_memory_is_base_adapter_copy_and_a_pass() -> None:
     layer = (576 + 576) + 2 * (576 + 192) + (576 + 576) + 3 * (576 + 1536)
     assert memory.adapter_bytes == 16 * 16 * (30 * layer + 576 + 49152) == 90_882_048
     assert memory.pass_tokens == 1024
-    assert memory.pass_bytes == PassMemory(SMOLLM2_135M, 2).of_pass(1024, recomputed=0)
+    assert memory.pass_bytes == torch_pass_memory(SMOLLM2_135M, 2).of_pass(1024, recomputed=0)
     assert memory.total_bytes == memory.base_bytes + memory.decoding_bytes + memory.adapter_bytes + memory.pass_bytes
     assert memory.fits and memory.refusal is None
     assert need(16 * 2**30, 1024, packs=False).total_bytes == memory.total_bytes - memory.decoding_bytes

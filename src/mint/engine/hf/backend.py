@@ -102,7 +102,13 @@ class HfBackend:
 
     def add_run(self, run_id: str, lora: LoraConfig, seed: int) -> RunReport:
         layout = choose_linears(self._model.linears, lora, self._model.architecture)
-        run = TrainingRun(layout, seed, Plan(0, 0), self._device.torch_device, self._device.dtype)
+        run = TrainingRun(
+            layout,
+            seed,
+            Plan(0, 0),
+            self._device.torch_device,
+            lambda params_P: adapter_weights(layout, params_P, self._device.dtype),
+        )
         most = self._longest_datum(run.weights())
         run.plan = Plan(most, most)
         self._runs[run_id] = run

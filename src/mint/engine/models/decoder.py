@@ -10,7 +10,7 @@ H heads x head_dim, N heads (q, then k, then v), E head_dim.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -186,7 +186,7 @@ class Decoder:
         c = self.config
         return flat_TH.view(len(flat_TH), c.num_kv_heads, c.num_heads // c.num_kv_heads, c.head_dim)
 
-    def packed_attention(self, sequences: list[PackedSequence]) -> PackedAttention:
+    def packed_attention(self, sequences: Sequence[PackedSequence]) -> PackedAttention:
         """Within each of these sequences."""
         c = self.config
         return PackedAttention(self.ws, sequences, (c.num_heads, c.num_kv_heads), c.head_dim)

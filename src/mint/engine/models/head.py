@@ -44,6 +44,7 @@ class Head:
         self._norm_D = decoder.weights.final_norm_D
         self._unembed = decoder.weights.unembed
         self._unembed_VD = self._unembed.weight_OI
+        self.rows_per_chunk = rows_per_chunk(len(self._unembed_VD))
 
     def normalise(self, final_TD: Tensor) -> tuple[Tensor, Tensor]:
         """Normed rows in the base dtype and 1 / rms, for the backward."""
@@ -61,6 +62,10 @@ class Head:
         if lora is not None:
             out.addmm_(normed_CD @ lora.a_RI.t() if u_CR is None else u_CR, lora.b_OR.t())
         return out
+
+    def logits_for(self, normed_CD: Tensor, segment: Segment) -> Tensor:
+        """[C, V] of rows of this segment, in a buffer that the next call reuses."""
+        return self.logits(normed_CD, segment.at(UNEMBED_SITE))
 
     def exact_logits(self, normed_PD: Tensor, token_P: Tensor, lora: SiteWeights | None) -> Tensor:
         """The logit of one token per row, in float32."""
@@ -82,7 +87,7 @@ class Head:
         Yields between chunks. The unembedding adapter's gradient goes to the segment's.
         """
         logprob_P = torch.empty(len(targets.token_P), dtype=torch.float32, device=normed_TD.device)
-        step = rows_per_chunk(len(self._unembed_VD))
+        step = self.rows_per_chunk
         borders = torch.arange(0, len(targets.rows_R) + step, step, device=normed_TD.device)
         pair_borders = torch.searchsorted(targets.row_P, borders).tolist()
         for i, first in enumerate(range(0, len(targets.rows_R), step)):

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mint.engine.sampling.cache import SequenceCache
-from mint.engine.sampling.kernels import PREFILL_CHUNK, ROW_STEP, Kernels
+from mint.engine.sampling.kernels import PREFILL_CHUNK, Kernels
 from mint.engine.sampling.request import Request
 
 
@@ -49,20 +49,20 @@ def chunk_end(chunks: Sequence[Chunk], request: Request, start: int, kernels: Ke
     length = min(len(request.given.prompt) - start, PREFILL_CHUNK)
     if chunks and not kernels.packs_prompts:
         return start
-    free = _free_rows(chunks, request.adapter_order)
+    free = _free_rows(chunks, request.adapter_order, kernels.prefill_row_step)
     if length <= free:
         return start + length
     return start + free if kernels.cuts_prompts else start
 
 
-def _free_rows(chunks: Sequence[Chunk], adapter_order: int) -> int:
-    """Each adapter's rows are filled up to a multiple of ROW_STEP."""
+def _free_rows(chunks: Sequence[Chunk], adapter_order: int, step: int) -> int:
+    """Each adapter's rows are filled up to a multiple of `step`."""
     rows = {adapter_order: 0}
     for chunk in chunks:
         order = chunk.request.adapter_order
         rows[order] = rows.get(order, 0) + chunk.length
     own = rows.pop(adapter_order)
-    return PREFILL_CHUNK - own - sum(-(-count // ROW_STEP) * ROW_STEP for count in rows.values())
+    return PREFILL_CHUNK - own - sum(-(-count // step) * step for count in rows.values())
 
 
 def shared_beginning(chunks: Sequence[Chunk], request: Request) -> tuple[int, SequenceCache | None]:

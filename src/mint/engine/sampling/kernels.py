@@ -27,13 +27,15 @@ class Kernels:
     """What may be done at once without changing a sequence's bits.
 
     row_multiple: each adapter's rows of a decode step are filled up to a multiple of it; min_rows: and the step's to so
-    many. packs_prompts: prompts share a pass. cuts_prompts: they may also be cut anywhere, so what two have in common is
-    computed once; otherwise they are cut at multiples of PREFILL_CHUNK. attends_together: sequences share the products of
-    attention.
+    many; max_rows: of a step. prefill_row_step: each adapter's rows of a pass over prompts are filled up to a multiple of it.
+    packs_prompts: prompts share a pass. cuts_prompts: they may also be cut anywhere, so what two have in common is computed
+    once; otherwise they are cut at multiples of PREFILL_CHUNK. attends_together: sequences share the products of attention.
     """
 
     row_multiple: int
     min_rows: int
+    max_rows: int
+    prefill_row_step: int
     packs_prompts: bool
     cuts_prompts: bool
     attends_together: bool
@@ -48,7 +50,10 @@ def examine_kernels(decoder: Decoder, *, batch_invariant: bool) -> Kernels:
     with `batch_invariant` nothing. Its prompts are not cut anywhere: a request that is repeated alone repeats its bits."""
     if decoder.dtype == torch.float32:
         together = not batch_invariant
-        return Kernels(1 if together else MAX_ROWS, 1, together, cuts_prompts=False, attends_together=together)
+        return Kernels(
+            1 if together else MAX_ROWS, 1, MAX_ROWS, ROW_STEP if together else 1, together, cuts_prompts=False,
+            attends_together=together,
+        )  # fmt: skip
     # a single row takes kernels of its own, so the rows of every adapter come in pairs
     pairs_agree = rows_are_independent(decoder, range(2, MAX_ROWS + 1, 2))
     packs_prompts = rows_are_independent(decoder, range(ROW_STEP, PREFILL_CHUNK + 1, ROW_STEP))
@@ -56,6 +61,8 @@ def examine_kernels(decoder: Decoder, *, batch_invariant: bool) -> Kernels:
     return Kernels(
         2 if pairs_agree else MAX_ROWS,
         BF16_MIN_ROWS,
+        MAX_ROWS,
+        ROW_STEP if packs_prompts else 1,
         packs_prompts,
         packs_prompts and positions_are_independent(decoder.config, *kind),
         sequences_are_independent(decoder.config, range(1, MAX_ROWS + 1), *kind),

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from itertools import groupby
 
 from mint.engine.backend import GenerateRequest, Generation
-from mint.engine.lora import AdapterWeights, Segment
+from mint.engine.lora import AnyAdapter, Segment
 from mint.engine.sampling.sequence import GrowingSequence
 from mint.engine.sampling.slabs import Place
 
@@ -20,7 +20,7 @@ class Request:
 
     number: int
     given: GenerateRequest
-    weights: AdapterWeights | None  # held here, so that a snapshot may be dropped while it is in use
+    weights: AnyAdapter | None  # held here, so that a snapshot may be dropped while it is in use
 
     @property
     def adapter_order(self) -> int:

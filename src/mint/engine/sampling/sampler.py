@@ -8,30 +8,27 @@ the oldest request's part goes beyond the bound.
 What a sequence's numbers depend on is fixed: rows share a product, and prompts are cut and share what they have in common,
 only where the kernels give a row the same bits for every number of rows that occurs, which is examined with the first
 request; elsewhere prompts are prefilled alone, or cut at borders counted from their start, and each adapter's rows of a
-decode step, at most MAX_ROWS, are padded to a fixed number.
+decode step, at most so many, are padded to a fixed number.
 Shape letters: B sequences of a decode step, T rows, D hidden, V vocabulary, K, G, E as in models/attention.py.
 """
 
 from __future__ import annotations
 
-from functools import cached_property
 from itertools import groupby
 
 import torch
 from torch import Tensor
 
 from mint.engine.backend import GenerateRequest, Generation
-from mint.engine.lora import UNEMBED_SITE, AdapterWeights, Segment
-from mint.engine.models.attention import attend
-from mint.engine.models.decoder import Attention, Decoder, PackedRow
-from mint.engine.models.head import Head
+from mint.engine.lora import AnyAdapter
 from mint.engine.sampling.cache import PrefixCache, SequenceCache, position_bytes, prompt_capacity
 from mint.engine.sampling.choose import choose, top_logprobs
 from mint.engine.sampling.chunks import Chunk, Prefill, chunk_end, shared_beginning
-from mint.engine.sampling.kernels import MAX_ROWS, ROW_STEP, Kernels, examine_kernels
-from mint.engine.sampling.request import Growing, Request, Row, SlabSequence, row_segments
+from mint.engine.sampling.kernels import Kernels
+from mint.engine.sampling.passes import ExactLogits, Passes
+from mint.engine.sampling.request import Growing, Request, Row, SlabSequence
 from mint.engine.sampling.sequence import new_sequence
-from mint.engine.sampling.slabs import GrowingCaches, Place, SlabAttention, slab_capacity
+from mint.engine.sampling.slabs import GrowingCaches, slab_capacity
 from mint.engine.sampling.waiting import WaitingRequests
 from mint.errors import ClosedError
 
@@ -40,7 +37,7 @@ PREFILLS_PER_STEP = 4  # prefill passes between two decode steps while sequences
 
 
 class Sampler:
-    """Generates on a decoder. `adapters` is shared with the backend, which adds and drops snapshots.
+    """Generates by `passes`. `adapters` is shared with the backend, which adds and drops snapshots.
 
     prefix_bytes, sequence_bytes: what the keys and values of known prefixes and of sequences in flight may take. Free
     slots of slabs come on top of the latter (see GrowingCaches), and one request alone may take more.
@@ -48,30 +45,26 @@ class Sampler:
 
     def __init__(
         self,
-        decoder: Decoder,
-        head: Head,
-        adapters: dict[int, AdapterWeights],
+        passes: Passes,
+        adapters: dict[int, AnyAdapter],
         *,
         prefix_bytes: int,
         sequence_bytes: int,
-        batch_invariant: bool,
     ) -> None:
-        self._decoder, self._head, self._adapters = decoder, head, adapters
+        self._passes, self._adapters = passes, adapters
+        config, dtype, device = passes.config, passes.dtype, passes.device
         self._waiting: WaitingRequests[Request] = WaitingRequests()
         self._prefilling: Prefill | None = None
         self._growing: dict[int, Growing] = {}  # oldest first
         self._prefixes = PrefixCache(prefix_bytes)
-        self._caches = GrowingCaches(decoder.config, decoder.dtype, decoder.device)
-        self._max_bytes, self._position_bytes = sequence_bytes, position_bytes(decoder.config, decoder.dtype)
-        self._batch_invariant = batch_invariant
+        self._caches = GrowingCaches(config, dtype, device)
+        self._max_bytes, self._position_bytes = sequence_bytes, position_bytes(config, dtype)
         self._prefills = 0  # since the last decode step
         self._next = 0
 
-    @cached_property
+    @property
     def _kernels(self) -> Kernels:
-        """Prepared with the first request: whoever only trains needs no second copy of the weights."""
-        self._decoder.weights.pack()
-        return examine_kernels(self._decoder, batch_invariant=self._batch_invariant)
+        return self._passes.kernels
 
     @property
     def num_requests(self) -> int:
@@ -169,8 +162,7 @@ class Sampler:
             if end == start:
                 break
             self._waiting.take_first()
-            decoder = self._decoder
-            cache = SequenceCache(decoder.config, len(given.prompt), decoder.dtype, decoder.device)
+            cache = SequenceCache(self._passes.config, len(given.prompt), self._passes.dtype, self._passes.device)
             for kv_L2KnE in known:
                 cache.extend(kv_L2KnE)
             chunks.append(Chunk(Prefill(request, cache, start), start, end, source))
@@ -179,16 +171,16 @@ class Sampler:
         return sorted(chunks, key=lambda chunk: chunk.request.adapter_order)
 
     def _rows(self, pairs: list[tuple[Request, SlabSequence]]) -> list[list[Row]]:
-        """Steps of at most MAX_ROWS rows. Rows of one adapter lie together and are padded by themselves."""
+        """Steps of at most self._kernels.max_rows rows. Rows of one adapter lie together and are padded by themselves."""
         steps: list[list[Row]] = []
         # of one adapter in the order of their slots: a step that cannot take all then takes neighbours
         ordered = sorted(pairs, key=lambda p: (p[0].adapter_order, p[1].cache.slab.capacity, p[1].cache.slot))
         for _, group in groupby(ordered, key=lambda pair: pair[0].adapter_order):
             members = [Row(*pair) for pair in group]
-            for first in range(0, len(members), MAX_ROWS):
-                rows = members[first : first + MAX_ROWS]
+            for first in range(0, len(members), self._kernels.max_rows):
+                rows = members[first : first + self._kernels.max_rows]
                 rows += [Row(rows[0].request, None)] * (-len(rows) % self._kernels.row_multiple)
-                if not steps or len(steps[-1]) + len(rows) > MAX_ROWS:
+                if not steps or len(steps[-1]) + len(rows) > self._kernels.max_rows:
                     steps.append([])
                 steps[-1] += rows
         for step in steps:
@@ -197,57 +189,15 @@ class Sampler:
 
     # passes
 
-    def _forward(
-        self, tokens: list[int], positions: list[int], segments: list[Segment], attention: Attention
-    ) -> Tensor:
-        device = self._decoder.device
-        row = PackedRow(torch.tensor(tokens, device=device), torch.tensor(positions, device=device), segments)
-        work = self._decoder.forward(row, attention, keep=False)
-        while True:
-            try:
-                next(work)
-            except StopIteration as end:
-                final_TD: Tensor = end.value[0]
-                return final_TD
-
     def _prefill(self, chunks: list[Chunk]) -> None:
-        decoder, step = self._decoder, ROW_STEP if self._kernels.packs_prompts else 1
-        tokens: list[int] = []
-        positions: list[int] = []
-        segments: list[Segment] = []
-        starts: list[int] = []
-        for _, group in groupby(chunks, key=lambda chunk: chunk.request.adapter_order):
-            first, members = len(tokens), list(group)
-            for chunk in members:
-                starts.append(len(tokens))
-                tokens += chunk.request.given.prompt[chunk.start : chunk.end]
-                positions += range(chunk.start, chunk.end)
-            num_pad = (first - len(tokens)) % step
-            tokens += [0] * num_pad
-            positions += [0] * num_pad
-            segments.append(Segment(first, len(tokens), members[0].request.weights))
-
-        def attention(index: int, qkv_NTE: Tensor, out_TH: Tensor) -> None:
-            q, _, _ = decoder.split_heads(qkv_NTE)
-            new, out = decoder.keys_values(qkv_NTE), decoder.grouped(out_TH.zero_())
-            for chunk, a in zip(chunks, starts, strict=True):
-                b, kv = a + chunk.length, chunk.prefill.cache.kv[index]
-                if chunk.source is not None:
-                    shared = slice(chunk.prefill.cache.length, chunk.start)
-                    kv[:, :, shared] = chunk.source.kv[index, :, :, shared]
-                kv[:, :, chunk.start : chunk.end] = new[:, :, a:b]
-                attend(decoder.ws, q[:, :, a:b], kv[0], kv[1], chunk.start, out[a:b])
-
-        final_TD = self._forward(tokens, positions, segments, attention)
+        final_CD = self._passes.prefill(chunks)
         self._prefilling = None
-        last_row: dict[int, int] = {}
-        for chunk, start in zip(chunks, starts, strict=True):
+        for chunk in chunks:
             self._keep(chunk)
-            if chunk.is_last:
-                last_row[chunk.request.number] = start + chunk.length - 1
-        started = [(self._growing[number].request, s) for number in last_row for s in self._growing[number].sequences]
+        ended = {chunk.request.number: i for i, chunk in enumerate(chunks) if chunk.is_last}
+        started = [(self._growing[number].request, s) for number in ended for s in self._growing[number].sequences]
         for rows in self._rows(started):
-            self._choose(final_TD[[last_row[row.request.number] for row in rows]], rows)
+            self._choose(final_CD[[ended[row.request.number] for row in rows]], rows)
 
     def _keep(self, chunk: Chunk) -> None:
         """What a pass has computed of a prompt: for others with the same prefix, and for its sequences or next chunk."""
@@ -264,47 +214,22 @@ class Sampler:
 
     def _decode(self, rows: list[Row]) -> None:
         """One token for each: the last token's keys and values enter the cache, the next token is chosen."""
-        decoder = self._decoder
-        growing = [(i, row.sequence.cache) for i, row in enumerate(rows) if row.sequence is not None]
-        for _, place in growing:
+        places = [row.sequence.cache for row in rows if row.sequence is not None]
+        for place in places:
             self._caches.make_room(place)
-        by_slab: dict[int, list[tuple[int, Place]]] = {}
-        for i, place in growing:
-            by_slab.setdefault(place.slab.capacity if self._kernels.attends_together else i, []).append((i, place))
-        parts: list[SlabAttention] = []
-
-        def attention(index: int, qkv_NTE: Tensor, out_TH: Tensor) -> None:
-            if index == 0:  # the tensors are the same in every layer
-                q_BKGE = decoder.split_heads(qkv_NTE)[0].permute(2, 0, 1, 3)
-                new, out = decoder.keys_values(qkv_NTE), decoder.grouped(out_TH.zero_())  # rows of padding stay 0
-                parts.extend(SlabAttention(members, q_BKGE, new, out) for members in by_slab.values())
-            for part in parts:
-                part(index)
-
-        tokens = [row.sequence.tokens[-1] if row.sequence is not None else 0 for row in rows]
-        positions = [row.sequence.cache.length if row.sequence is not None else 0 for row in rows]
-        final_BD = self._forward(tokens, positions, row_segments(rows), attention)
-        for _, place in growing:
+        final_BD = self._passes.decode(rows)
+        for place in places:
             place.length += 1
         self._choose(final_BD, rows)
 
     def _choose(self, final_BD: Tensor, rows: list[Row]) -> None:
         """The next token of every row, its logprob at temperature 1, and whether the sequence ends with it."""
-        normed_BD, _ = self._head.normalise(final_BD)
-        segments = row_segments(rows)
-        logits_BV = self._head.logits(normed_BD, None)
-        for segment in segments:
-            if (lora := segment.at(UNEMBED_SITE)) is not None:
-                part = slice(segment.start, segment.end)
-                logits_BV[part].addmm_(normed_BD[part] @ lora.a_RI.t(), lora.b_OR.t())
         real = [i for i, row in enumerate(rows) if row.sequence is not None]
-        if len(real) < len(rows):
-            chosen = slice(len(real)) if real[-1] == len(real) - 1 else real
-            normed_BD, logits_BV, rows = normed_BD[chosen], logits_BV[chosen], [rows[i] for i in real]
-            segments = row_segments(rows)
+        logits_BV, exact = self._passes.logits(final_BD, rows, real)
+        rows = [rows[i] for i in real]
         sequences = [row.sequence for row in rows if row.sequence is not None]
         tokens, normaliser_B = choose(logits_BV, [sequence.choice() for sequence in sequences])
-        logprobs = self._logprobs(normed_BD, logits_BV, (tokens, normaliser_B), segments)
+        logprobs = chosen_logprobs(logits_BV, tokens, normaliser_B, exact)
         for i, (row, sequence) in enumerate(zip(rows, sequences, strict=True)):
             num_topk = row.request.given.num_topk
             topk = top_logprobs(logits_BV[i : i + 1], num_topk)[0] if num_topk else None
@@ -312,22 +237,17 @@ class Sampler:
             if sequence.stop_reason is not None:
                 self._caches.remove(sequence.cache)
 
-    def _logprobs(
-        self, normed_BD: Tensor, logits_BV: Tensor, chosen: tuple[list[int], Tensor], segments: list[Segment]
-    ) -> list[float]:
-        """As the head scores targets: in bf16 the token's logit is exact and takes the rounded one's place."""
-        tokens, normaliser_B = chosen
-        token_B = torch.tensor(tokens, device=logits_BV.device)
-        rounded_B = logits_BV.gather(1, token_B[:, None])[:, 0].double()
-        if logits_BV.dtype == torch.float32:
-            result: list[float] = (rounded_B - normaliser_B).tolist()
-            return result
-        exact_B = torch.cat(
-            [
-                self._head.exact_logits(normed_BD[s.start : s.end], token_B[s.start : s.end], s.at(UNEMBED_SITE))
-                for s in segments
-            ]
-        ).double()
-        corrected_B = 1 - (rounded_B - normaliser_B).exp() + (exact_B - normaliser_B).exp()
-        result = (exact_B - normaliser_B - corrected_B.log()).tolist()
+
+def chosen_logprobs(
+    logits_BV: Tensor, tokens: list[int], normaliser_B: Tensor, exact: ExactLogits | None
+) -> list[float]:
+    """As the head scores targets: where logits are rounded, the token's exact one takes the rounded one's place."""
+    token_B = torch.tensor(tokens, device=logits_BV.device)
+    rounded_B = logits_BV.gather(1, token_B[:, None])[:, 0].double()
+    if exact is None:
+        result: list[float] = (rounded_B - normaliser_B).tolist()
         return result
+    exact_B = exact(token_B).double()
+    corrected_B = 1 - (rounded_B - normaliser_B).exp() + (exact_B - normaliser_B).exp()
+    result = (exact_B - normaliser_B - corrected_B.log()).tolist()
+    return result
