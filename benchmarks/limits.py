@@ -21,6 +21,7 @@ from mint.data import load_demo
 from mint.engine.backend import GenerateRequest, Part, drain
 from mint.engine.decoder_backend import DecoderBackend
 from mint.engine.packing import pack_sequences
+from mint.engine.models.weights import DecoderWeights, load_weights, read_config
 from mint.hub import load_tokenizer, resolve_model
 from mint.types.params import AdamParams, LoraConfig
 from mint.types.requests import prepare_training_input
@@ -33,9 +34,9 @@ def seconds(call: Callable[[], object]) -> float:
 
 
 @torch.inference_mode()
-def products(backend: DecoderBackend, num_tokens: int) -> float:
-    """Every projection forward and backward by its input, but the first one's backward, whose input nobody trains."""
-    weights, taken = backend._trainer.decoder.weights, 0.0
+def products(weights: DecoderWeights, num_tokens: int) -> float:
+    """Every projection forward and backward by its input, by torch, but the first one's backward, whose input nobody trains."""
+    taken = 0.0
     for linear in weights.linears():
         x = torch.randn(num_tokens, linear.weight_OI.shape[1]).to(linear.weight_OI.dtype)
         y = x.new_empty(num_tokens, len(linear.weight_OI))
@@ -45,7 +46,7 @@ def products(backend: DecoderBackend, num_tokens: int) -> float:
     return taken
 
 
-def training(backend: DecoderBackend, rows: list[list[int]], pairs: int) -> dict[str, object]:
+def training(backend: DecoderBackend, weights: DecoderWeights, rows: list[list[int]], pairs: int) -> dict[str, object]:
     backend.add_run("run", LoraConfig(rank=RANK, train_unembed=False), 0)
     given = prepare_training_input([datum(ids) for ids in rows], "cross_entropy", None)
     num_tokens = int(pack_sequences([one.tokens_N for one in given.data], 0)[-1].rows_N[-1]) + 1  # that are computed
@@ -55,7 +56,7 @@ def training(backend: DecoderBackend, rows: list[list[int]], pairs: int) -> dict
         backend.optim_step("run", AdamParams(learning_rate=LEARNING_RATE))
 
     step()
-    taken = [(seconds(step), products(backend, num_tokens)) for _ in range(pairs)]
+    taken = [(seconds(step), products(weights, num_tokens)) for _ in range(pairs)]
     return {
         "benchmark": "limits", "what": "matrix products of the frozen model / training step", "tokens": num_tokens,
         "share": spread([products / step for step, products in taken]),
@@ -64,14 +65,16 @@ def training(backend: DecoderBackend, rows: list[list[int]], pairs: int) -> dict
 
 
 @torch.inference_mode()
-def read_weights(backend: DecoderBackend) -> float:
+def read_weights(weights: DecoderWeights) -> float:
     """The fastest plain pass over them that torch offers."""
-    tensors = {id(linear.weight_OI): linear.weight_OI for linear in backend._trainer.decoder.weights.linears()}
+    tensors = {id(linear.weight_OI): linear.weight_OI for linear in weights.linears()}
     views = [t.view(torch.float32) if t.dtype == torch.bfloat16 else t for t in tensors.values()]
     return seconds(lambda: [view.sum() for view in views])
 
 
-def decode(backend: DecoderBackend, rows: list[list[int]], size: int, pairs: int) -> dict[str, object]:
+def decode(
+    backend: DecoderBackend, weights: DecoderWeights, rows: list[list[int]], size: int, pairs: int
+) -> dict[str, object]:
     steps = 16
     ratios, taken = [], []
     for pair in range(pairs + 1):
@@ -80,7 +83,7 @@ def decode(backend: DecoderBackend, rows: list[list[int]], size: int, pairs: int
         times = []
         while backend.num_requests:
             times.append(seconds(backend.step))
-        step, read = sorted(times[-steps:])[steps // 2], min(read_weights(backend) for _ in range(5))
+        step, read = sorted(times[-steps:])[steps // 2], min(read_weights(weights) for _ in range(5))
         if pair:  # the first is warm-up
             ratios.append(step / read)
             taken.append(step)
@@ -100,10 +103,15 @@ def main() -> None:
     backend = DecoderBackend(source.path, source.name, settings.load())
     tokenizer = load_tokenizer(BASE_MODEL)
     rows = [tokenizer.apply_chat_template(row, return_dict=False) for row in load_demo()[0]]
-    results = [training(backend, rows[: args.batch], args.pairs)]
-    results += [decode(backend, rows, size, args.pairs) for size in args.sequences]
+    device = torch.device("cpu")
+    weights = load_weights(source.path, read_config(source.path), getattr(torch, backend.limits.dtype), device)
+    results = [training(backend, weights, rows[: args.batch], args.pairs)]
+    results += [decode(backend, weights, rows, size, args.pairs) for size in args.sequences]
     for result in results:
-        print(json.dumps({**result, "dtype": backend.limits.dtype, **machine()}), flush=True)
+        print(
+            json.dumps({**result, "dtype": backend.limits.dtype, "kernels": backend.limits.kernels, **machine()}),
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -65,7 +65,8 @@ def pack_adapter(layout: AdapterLayout, flat_P: Tensor, num_layers: int, *, back
     numbers = site_numbers(num_layers)
     table = np.zeros((len(numbers), SITE_WIDTH), np.int64)
     sizes = [_site_values(site, layout.rank, padded, back=back) for site in layout.sites]
-    storage = torch.zeros(sum(sum(size) for size in sizes), dtype=torch.bfloat16)
+    filled = padded == layout.rank and not any(module.num_out % WIDTH for module in layout.modules)
+    storage = (torch.empty if filled else torch.zeros)(sum(sum(size) for size in sizes), dtype=torch.bfloat16)
     at = storage.data_ptr()
     for site, parts in zip(layout.sites, sizes, strict=True):
         addresses = at + 2 * np.cumsum([0, *parts])

@@ -36,7 +36,7 @@ class _BFloat(ir.types.Type):  # type: ignore[misc]
         return hash(_BFloat)
 
 
-_F32, _I16, _I32, _I64 = ir.FloatType(), ir.IntType(16), ir.IntType(32), ir.IntType(64)
+_F32, _F64, _I16, _I32, _I64 = ir.FloatType(), ir.DoubleType(), ir.IntType(16), ir.IntType(32), ir.IntType(64)
 F32S, I16S, I32S = (ir.VectorType(kind, WIDTH) for kind in (_F32, _I16, _I32))
 PAIRS = ir.VectorType(_BFloat(), 2 * WIDTH)
 HALVES = ir.VectorType(_BFloat(), WIDTH)
@@ -188,6 +188,9 @@ maximum = word(floats, (floats, floats), lambda b, *x: call(b, "llvm.maxnum.v16f
 exp = word(floats, (floats,), _exp)
 total = word(_f32, (floats,), _total)
 largest = word(_f32, (floats,), lambda b, x: call(b, "llvm.vector.reduce.fmax.v16f32", _F32, x))
+store_int = word(types.void, (_i64, _i64), store_to)
+load_double = word(types.float64, (_i64,), lambda b, address: load_from(b, address, _F64))
+store_double = word(types.void, (_i64, types.float64), store_to)
 load_int = word(_i64, (_i64,), lambda b, address: load_from(b, address, _I64))
 load_scalar = word(_f32, (_i64,), lambda b, address: load_from(b, address, _F32))
 store_half = word(types.void, (_i64, _f32), lambda b, address, x: store_to(b, address, b.fptrunc(x, _BFloat())))

@@ -8,8 +8,10 @@ from itertools import groupby
 
 from torch import Tensor
 
+from mint.engine.kernels.choice import choose_compiled
 from mint.engine.kernels.rows import CacheRow, RowsModel
 from mint.engine.lora import AnyAdapter
+from mint.engine.sampling.choose import Choice
 from mint.engine.sampling.chunks import Chunk
 from mint.engine.sampling.kernels import Kernels
 from mint.engine.sampling.passes import ExactLogits
@@ -61,6 +63,9 @@ class CompiledPasses:
     def logits(self, final_BD: Tensor, rows: Sequence[Row], real: Sequence[int]) -> tuple[Tensor, ExactLogits | None]:
         assert len(real) == len(rows)
         return self._model.logits(final_BD, adapted((row.request, 1) for row in rows)), None
+
+    def choose(self, logits_BV: Tensor, choices: Sequence[Choice]) -> tuple[list[int], Tensor]:
+        return choose_compiled(logits_BV, choices)
 
 
 def cache_rows(kv_L2KnE: Tensor, positions: Iterable[int]) -> list[CacheRow]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mint.engine.models.config import DecoderConfig
+from mint.engine.sampling.choose import Choice
 from mint.engine.sampling.chunks import Chunk
 from mint.engine.sampling.kernels import Kernels
 from mint.engine.sampling.request import Row
@@ -43,4 +44,8 @@ class Passes(Protocol):
     def logits(self, final_BD: Tensor, rows: Sequence[Row], real: Sequence[int]) -> tuple[Tensor, ExactLogits | None]:
         """Logits [len(real), V] of the rows with these numbers, those with a sequence, in memory that the next call reuses;
         and, where they are rounded, exact ones."""
+        ...
+
+    def choose(self, logits_BV: Tensor, choices: Sequence[Choice]) -> tuple[list[int], Tensor]:
+        """See sampling/choose.py."""
         ...

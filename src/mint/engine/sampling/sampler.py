@@ -22,7 +22,7 @@ from torch import Tensor
 from mint.engine.backend import GenerateRequest, Generation
 from mint.engine.lora import AnyAdapter
 from mint.engine.sampling.cache import PrefixCache, SequenceCache, position_bytes, prompt_capacity
-from mint.engine.sampling.choose import choose, top_logprobs
+from mint.engine.sampling.choose import top_logprobs
 from mint.engine.sampling.chunks import Chunk, Prefill, chunk_end, shared_beginning
 from mint.engine.sampling.kernels import Kernels
 from mint.engine.sampling.passes import ExactLogits, Passes
@@ -228,7 +228,7 @@ class Sampler:
         logits_BV, exact = self._passes.logits(final_BD, rows, real)
         rows = [rows[i] for i in real]
         sequences = [row.sequence for row in rows if row.sequence is not None]
-        tokens, normaliser_B = choose(logits_BV, [sequence.choice() for sequence in sequences])
+        tokens, normaliser_B = self._passes.choose(logits_BV, [sequence.choice() for sequence in sequences])
         logprobs = chosen_logprobs(logits_BV, tokens, normaliser_B, exact)
         for i, (row, sequence) in enumerate(zip(rows, sequences, strict=True)):
             num_topk = row.request.given.num_topk

@@ -13,6 +13,7 @@ from mint.engine.lora import UNEMBED_SITE, Segment
 from mint.engine.models.attention import attend
 from mint.engine.models.decoder import Attention, Decoder, PackedRow
 from mint.engine.models.head import Head
+from mint.engine.sampling.choose import Choice, choose
 from mint.engine.sampling.chunks import Chunk
 from mint.engine.sampling.kernels import Kernels, examine_kernels
 from mint.engine.sampling.passes import ExactLogits
@@ -121,3 +122,6 @@ class TorchPasses:
             return torch.cat(list(parts))
 
         return logits_BV, exact
+
+    def choose(self, logits_BV: Tensor, choices: Sequence[Choice]) -> tuple[list[int], Tensor]:
+        return choose(logits_BV, choices)
