@@ -20,7 +20,7 @@ from mint.cli.doctor_model import advise, as_facts, as_rows, report_on
 from mint.settings import Settings
 
 DISTRIBUTION = "mint-toolkit"
-LIBRARIES = ("torch", "transformers", "datasets", "huggingface_hub", "safetensors", "numpy", "peft", "gguf")
+LIBRARIES = ("torch", "transformers", "datasets", "huggingface_hub", "safetensors", "numpy", "peft", "gguf", "numba")
 PROBE_MODEL = "SmolLM2-135M-Instruct"
 FAST_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "bf16")
 BUSY_SECONDS = 0.3  # how long other programs are watched
@@ -62,6 +62,7 @@ def doctor(
 
 def machine_facts(settings: Settings) -> tuple[dict[str, Any], str]:
     from mint.engine.device import BF16_FLAGS, choose_device, processor_flags, usable_cores
+    from mint.engine.kernels.available import missing
 
     device, flags = choose_device(settings), processor_flags()
     facts = {
@@ -70,6 +71,7 @@ def machine_facts(settings: Settings) -> tuple[dict[str, Any], str]:
         "dtype": device.dtype_name,
         "threads": device.num_threads,
         "cores": usable_cores(),
+        "kernels": kernels_state(settings, missing(device.torch_device, device.dtype, flags)),
         "processor": ", ".join(sorted(flags & set(FAST_FLAGS))) or "no flags known",
         "bf16_products": bool(flags & BF16_FLAGS) if flags else None,
         "memory_limit_bytes": device.memory_bytes,
@@ -77,6 +79,13 @@ def machine_facts(settings: Settings) -> tuple[dict[str, Any], str]:
         "busy_cores": busy_cores(),
     }
     return facts, device.torch_device.type
+
+
+def kernels_state(settings: Settings, missing: str | None) -> str:
+    """What computes MinT's own decoder, and why."""
+    if missing is not None:
+        return f"torch's ({missing})"
+    return "torch's (MINT_KERNELS=torch)" if settings.kernels == "torch" else "compiled by numba"
 
 
 def busy_cores() -> float:
@@ -152,6 +161,13 @@ def judge(facts: dict[str, Any], device: str) -> tuple[list[str], list[str]]:
         )
     if device == "cpu" and facts["dtype"] == "float32" and facts["bf16_products"]:
         advice.append("MINT_DTYPE=float32 on a processor that multiplies bf16 in hardware: unset it for speed")
+    if "mint-toolkit[fast]" in facts["kernels"]:
+        advice.append(
+            "this processor can run compiled kernels, which train 1.7 and sample 2 to 3 times as fast: "
+            'pip install "mint-toolkit[fast]"'
+        )
+    if "MINT_KERNELS=torch" in facts["kernels"]:
+        advice.append("MINT_KERNELS=torch where compiled kernels could run, which are faster: unset it")
     if facts["memory_available_bytes"] < 2 * 2**30:
         advice.append("less than 2 GiB of memory is free: close programs, or expect swapping")
     if "does not answer" in facts["hub"]:

@@ -90,21 +90,25 @@ def _no_forecast(folder: Path, settings: Settings) -> str | None:
 
 
 def _forecast(folder: Path, settings: Settings, *, measure: bool) -> tuple[HostSpeed | None, Speed | None, MemoryNeed]:
+    from mint.engine.compute import why_not_compiled
     from mint.engine.device import choose_device
-    from mint.engine.forecast import expected_speed, memory_need, projections
+    from mint.engine.forecast import COMPILED, PACKING, PLAIN, expected_speed, memory_need, projections
     from mint.engine.host import measure_host
     from mint.engine.models.weights import read_config
 
     config, device = read_config(folder), choose_device(settings)
     element_size, processor = device.dtype.itemsize, device.torch_device.type == "cpu"
+    manner = PACKING if processor and element_size == 2 else PLAIN
+    if settings.kernels != "torch" and why_not_compiled(config, device) is None:
+        manner = COMPILED
     memory = memory_need(
         config, element_size, device.memory_bytes,
-        asked=settings.max_tokens_per_pass, packs=processor and element_size == 2, rank=RANK,
+        asked=settings.max_tokens_per_pass, manner=manner, rank=RANK, threads=device.num_threads,
     )  # fmt: skip
     if not measure or not processor:
         return None, None, memory
     host = measure_host(device, projections(config))
-    return host, expected_speed(config, element_size, host), memory
+    return host, expected_speed(config, element_size, host, manner), memory
 
 
 def _not_measured(local: LocalModel, expected: Speed | None, memory: MemoryNeed | None) -> str | None:

@@ -1,7 +1,7 @@
 """What a model will do on a host, from its shape and two figures of the host: tokens per second, and memory of a run.
 
-Pure functions. The three measured constants are those of docs/performance.md: SmolLM2-135M in bf16 on two cores with
-AVX-512 bf16. A wider model spends a smaller part of its time beside the matrix products, so there they err on the slow side.
+Pure functions. The measured constants are those of docs/performance.md: SmolLM2-135M in bf16 on two cores with AVX-512 bf16. A
+wider model spends a smaller part of its time beside the matrix products, so there they err on the slow side.
 """
 
 from __future__ import annotations
@@ -11,18 +11,35 @@ from dataclasses import dataclass
 from mint.engine.lora import adapter_layout
 from mint.engine.models.attention import QUERY_BLOCK
 from mint.engine.models.config import DecoderConfig
-from mint.engine.plan import MIN_TOKENS_PER_PASS, make_plan, pass_budget, torch_pass_memory
+from mint.engine.plan import MIN_TOKENS_PER_PASS, compiled_pass_memory, make_plan, pass_budget, torch_pass_memory
 from mint.errors import InputError
 from mint.types.params import LoraConfig
 
-# Of a training step. The frozen matrices alone took 0.61 of it; attention's products at their speed would take 0.04.
-PRODUCTS_SHARE = 0.65
-# A decode step as a multiple of reading every weight once, or of its products where those take longer: measured 2.5 with
-# 1 sequence, 3.1 with 8, 2.4 with 32.
-DECODE_FACTOR = 2.8
 CONVERSATION_TOKENS = 200
 SEQUENCES = (1, 8, 32)
 BYTES_PER_ADAPTER_PARAMETER = 16  # float32 weight, two moments, gradient
+
+
+@dataclass(frozen=True, slots=True)
+class Manner:
+    """What of a forecast depends on what computes a model.
+
+    products_share: of a training step, with products as fast as torch's: what was measured for the frozen matrices, and 0.04
+    that attention's would take at that speed. decode_factor: a decode step as a multiple of reading every weight once, or of its
+    products where those take longer. copies: of the projections, from the start, and more with the first sample.
+    """
+
+    products_share: float
+    decode_factor: float
+    copies: int
+    more_copies: int
+
+
+# compiled kernels: 0.88 of a step; 1.3 with 1 sequence, 1.7 with 8, 1.5 with 32
+COMPILED = Manner(0.92, 1.5, copies=2, more_copies=0)
+# torch's, which packs bf16 projections to decode: 0.61 of a step; 2.5 with 1 sequence, 3.1 with 8, 2.4 with 32
+PACKING = Manner(0.65, 2.8, copies=1, more_copies=1)
+PLAIN = Manner(0.65, 2.8, copies=1, more_copies=0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +75,7 @@ class Projection:
 class MemoryNeed:
     """Bytes of a training run. `refusal`: why the planner would not take the model, None where it would.
 
-    decoding_bytes: the second copy of the projections that the first sample makes. pass_tokens: tokens of one pass.
+    base_bytes: with all copies from the start; decoding_bytes: the one that the first sample makes. pass_tokens: tokens of one pass.
     """
 
     base_bytes: int
@@ -114,27 +131,43 @@ def training_flop_per_token(config: DecoderConfig, length: int) -> float:
     return 4 * projection_parameters(config) + attention
 
 
-def expected_speed(config: DecoderConfig, element_size: int, host: HostSpeed) -> Speed:
+def expected_speed(config: DecoderConfig, element_size: int, host: HostSpeed, manner: Manner) -> Speed:
     """Conversations of about 200 tokens, rank 16, passes of 1,000 tokens and more; `element_size`: bytes of a weight."""
-    seconds = training_flop_per_token(config, CONVERSATION_TOKENS) / host.flop_per_second / PRODUCTS_SHARE
-    sampling = {n: n / decode_step_seconds(config, element_size, host, n) for n in SEQUENCES}
+    seconds = training_flop_per_token(config, CONVERSATION_TOKENS) / host.flop_per_second / manner.products_share
+    sampling = {n: n / decode_step_seconds(config, element_size, host, n, manner) for n in SEQUENCES}
     return Speed(1 / seconds, sampling)
 
 
-def decode_step_seconds(config: DecoderConfig, element_size: int, host: HostSpeed, num_sequences: int) -> float:
+def decode_step_seconds(
+    config: DecoderConfig, element_size: int, host: HostSpeed, num_sequences: int, manner: Manner
+) -> float:
     parameters = projection_parameters(config)
     reading = parameters * element_size / host.bytes_per_second
     products = 2 * parameters * num_sequences / host.flop_per_second
-    return DECODE_FACTOR * max(reading, products)
+    return manner.decode_factor * max(reading, products)
+
+
+def base_bytes(config: DecoderConfig, element_size: int, manner: Manner) -> int:
+    """Of the weights in memory. Where the projections are copied into another layout, the embedding stays beside them."""
+    projected, embedding = projection_parameters(config), config.vocab_size * config.hidden_size
+    copied = (manner.copies - 1) * projected + (embedding if manner.copies > 1 and config.tied else 0)
+    return (base_parameters(config) + copied) * element_size
 
 
 def memory_need(
-    config: DecoderConfig, element_size: int, limit_bytes: int, *, asked: int | None, packs: bool, rank: int
+    config: DecoderConfig,
+    element_size: int,
+    limit_bytes: int,
+    *,
+    asked: int | None,
+    manner: Manner,
+    rank: int,
+    threads: int,
 ) -> MemoryNeed:
-    """Of a run on every module. `asked`: tokens per pass instead of the planner's choice; `packs`: sampling copies the
-    projections into the kernel's layout."""
-    base = base_parameters(config) * element_size
-    memory, refusal = torch_pass_memory(config, element_size), None
+    """Of a run on every module. `asked`: tokens per pass instead of the planner's choice; `threads`: that compute."""
+    base, compiled = base_bytes(config, element_size, manner), manner is COMPILED
+    memory = compiled_pass_memory(config, threads) if compiled else torch_pass_memory(config, element_size)
+    refusal = None
     try:
         tokens = make_plan(memory, limit_bytes - base, asked).max_tokens_per_pass
     except InputError as error:
@@ -142,7 +175,7 @@ def memory_need(
     return MemoryNeed(
         base_bytes=base,
         adapter_bytes=adapter_layout(config, LoraConfig(rank=rank)).size * BYTES_PER_ADAPTER_PARAMETER,
-        decoding_bytes=projection_parameters(config) * element_size if packs else 0,
+        decoding_bytes=manner.more_copies * projection_parameters(config) * element_size,
         pass_bytes=memory.of_pass(tokens, memory.recomputed_layers(tokens, pass_budget(limit_bytes - base))),
         pass_tokens=tokens,
         limit_bytes=limit_bytes,

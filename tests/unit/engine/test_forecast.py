@@ -10,11 +10,17 @@ from tests.support.engine import write_variant
 from tests.support.tiny_models import FAMILIES, Family, write_tiny_model
 
 from mint.engine import host
+from mint.engine.compute import make_compute, why_not_compiled
 from mint.engine.device import Device
 from mint.engine.forecast import (
+    COMPILED,
+    PACKING,
+    PLAIN,
     HostSpeed,
+    Manner,
     MemoryNeed,
     Projection,
+    base_bytes,
     base_parameters,
     decode_step_seconds,
     expected_speed,
@@ -25,7 +31,8 @@ from mint.engine.forecast import (
 )
 from mint.engine.models.config import DecoderConfig, decoder_config
 from mint.engine.models.weights import load_weights, read_config
-from mint.engine.plan import MIN_TOKENS_PER_PASS, torch_pass_memory
+from mint.engine.plan import MIN_TOKENS_PER_PASS, compiled_pass_memory, torch_pass_memory
+from mint.settings import Settings
 
 SMOLLM2_135M = decoder_config({
     "model_type": "llama", "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
@@ -93,17 +100,19 @@ def test_training_counts_four_operations_a_parameter_and_attention(length: int, 
         (QWEN3_0_6B, 4, 100e9, 25.54528638, (4.19474078, 29.96243415, 29.96243415)),
     ],
 )
+@pytest.mark.parametrize(("manner", "training_times", "sampling_times"), [(PLAIN, 1, 1), (COMPILED, 92 / 65, 28 / 15)])
 def test_speeds_are_those_worked_out_by_hand(
-    config: DecoderConfig, element_size: int, flop: float, training: float, sampling: tuple[float, ...]
-) -> None:
-    speed = expected_speed(config, element_size, HostSpeed(flop, 28e9))
-    assert speed.training == pytest.approx(training, rel=1e-8)
+    config: DecoderConfig, element_size: int, flop: float, training: float, sampling: tuple[float, ...],
+    manner: Manner, training_times: float, sampling_times: float,
+) -> None:  # fmt: skip
+    speed = expected_speed(config, element_size, HostSpeed(flop, 28e9), manner)
+    assert speed.training == pytest.approx(training * training_times, rel=1e-8)
     assert list(speed.sampling) == [1, 8, 32]
-    assert list(speed.sampling.values()) == pytest.approx(sampling, rel=1e-8)
+    assert list(speed.sampling.values()) == pytest.approx([n * sampling_times for n in sampling], rel=1e-8)
 
 
 def test_a_decode_step_takes_as_long_as_reading_until_the_products_take_longer() -> None:
-    seconds = [decode_step_seconds(SMOLLM2_135M, 2, HOST, n) for n in (1, 14, 15, 30)]
+    seconds = [decode_step_seconds(SMOLLM2_135M, 2, HOST, n, PLAIN) for n in (1, 14, 15, 30)]
     assert seconds[0] == seconds[1] < seconds[2]
     assert seconds[3] == pytest.approx(2 * seconds[2])
 
@@ -111,8 +120,8 @@ def test_a_decode_step_takes_as_long_as_reading_until_the_products_take_longer()
 # memory
 
 
-def need(limit: int, asked: int | None = None, *, packs: bool = True) -> MemoryNeed:
-    return memory_need(SMOLLM2_135M, 2, limit, asked=asked, packs=packs, rank=16)
+def need(limit: int, asked: int | None = None, *, manner: Manner = PACKING) -> MemoryNeed:
+    return memory_need(SMOLLM2_135M, 2, limit, asked=asked, manner=manner, rank=16, threads=2)
 
 
 def test_memory_is_base_adapter_copy_and_a_pass() -> None:
@@ -126,7 +135,29 @@ def test_memory_is_base_adapter_copy_and_a_pass() -> None:
     assert memory.pass_bytes == torch_pass_memory(SMOLLM2_135M, 2).of_pass(1024, recomputed=0)
     assert memory.total_bytes == memory.base_bytes + memory.decoding_bytes + memory.adapter_bytes + memory.pass_bytes
     assert memory.fits and memory.refusal is None
-    assert need(16 * 2**30, 1024, packs=False).total_bytes == memory.total_bytes - memory.decoding_bytes
+    assert need(16 * 2**30, 1024, manner=PLAIN).total_bytes == memory.total_bytes - memory.decoding_bytes
+
+
+def test_compiled_kernels_hold_the_projections_twice_and_copy_nothing_to_decode() -> None:
+    memory = need(16 * 2**30, 1024, manner=COMPILED)
+    assert memory.base_bytes == 2 * (134_515_008 + 134_479_872 + 49152 * 576)
+    assert memory.decoding_bytes == 0
+    assert memory.pass_bytes == compiled_pass_memory(SMOLLM2_135M, 2).of_pass(1024, recomputed=0)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_base_bytes_of_compiled_kernels_are_those_in_memory(tied: bool, tmp_path: Path) -> None:
+    """But for norms, which are float32 in memory and counted as bf16."""
+    folder = write_tiny_model(tmp_path, "llama", tied=tied, tokenizer=False, head_dim=32)
+    config = read_config(folder)
+    device = Device(torch.device("cpu"), torch.bfloat16, 1, 2**34)
+    if (reason := why_not_compiled(config, device)) is not None:
+        pytest.skip(reason)
+    weights = load_weights(folder, config, torch.bfloat16, torch.device("cpu"))
+    norms = 2 * (2 * config.num_layers + 1) * config.hidden_size
+    assert make_compute(config, weights, device, Settings(tmp_path)).base_bytes == pytest.approx(
+        base_bytes(config, 2, COMPILED) + norms, abs=4
+    )
 
 
 def test_a_run_fits_up_to_the_last_byte() -> None:

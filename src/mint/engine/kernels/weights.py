@@ -42,6 +42,7 @@ class PackedWeights:
             back.append([self.hold(pack(linear.weight_OI.t())) for linear in layer.linears()])
         self.forward_table, self.back_table = np.array(forward, np.int64), np.array(back, np.int64)
         self.final_norm_D = weights.final_norm_D
+        self.hold(weights.final_norm_D)
         self.unembed, _ = self._linear(weights.unembed)
         self.vocab_blocks = -(-config.vocab_size // WIDTH)
         self.unembed_site = len(SITES) * config.num_layers  # its number among the sites of adapters
