@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,6 @@ from mint.cli.doctor_model import ModelReport, advise
 from mint.cli.main import app
 from mint.engine import host
 from mint.engine.forecast import HostSpeed, MemoryNeed, Speed
-from mint.settings import Settings
 
 pytestmark = pytest.mark.usefixtures("logging_as_before")
 
@@ -224,7 +222,6 @@ def test_who_else_is_called_mint_is_a_problem(monkeypatch: pytest.MonkeyPatch) -
 
 # advice
 
-SETTINGS = Settings(Path("/home/.mint"))
 GOOD = {
     "other_distributions_named_mint": [], "MINT_HOME": "/home/.mint: writable", "busy_cores": 0.0, "threads": 8,
     "cores": 8, "dtype": "bfloat16", "bf16_products": True, "memory_available_bytes": 8 * GIB, "hub": "answers",
@@ -241,10 +238,10 @@ GOOD = {
         ({"dtype": "float32"}, "MINT_DTYPE=float32 on a processor that multiplies bf16 in hardware"),
         ({"memory_available_bytes": GIB}, "less than 2 GiB of memory is free"),
         (
-            {"kernels": kernels_state(SETTINGS, "numba is not installed: pip install 'mint-toolkit[fast]'")},
+            {"kernels": kernels_state("numba is not installed: pip install 'mint-toolkit[fast]'")},
             'pip install "mint-toolkit[fast]"',
         ),
-        ({"kernels": kernels_state(replace(SETTINGS, kernels="torch"), None)}, "MINT_KERNELS=torch where compiled"),
+        ({"kernels": kernels_state("MINT_KERNELS=torch")}, "MINT_KERNELS=torch where compiled"),
     ],
 )
 def test_each_fact_about_the_machine_has_its_advice(facts: dict[str, Any], text: str) -> None:

@@ -61,8 +61,8 @@ def doctor(
 
 
 def machine_facts(settings: Settings) -> tuple[dict[str, Any], str]:
+    from mint.engine.compute import why_not_here
     from mint.engine.device import BF16_FLAGS, choose_device, processor_flags, usable_cores
-    from mint.engine.kernels.available import missing
 
     device, flags = choose_device(settings), processor_flags()
     facts = {
@@ -71,7 +71,7 @@ def machine_facts(settings: Settings) -> tuple[dict[str, Any], str]:
         "dtype": device.dtype_name,
         "threads": device.num_threads,
         "cores": usable_cores(),
-        "kernels": kernels_state(settings, missing(device.torch_device, device.dtype, flags)),
+        "kernels": kernels_state(why_not_here(device, settings)),
         "processor": ", ".join(sorted(flags & set(FAST_FLAGS))) or "no flags known",
         "bf16_products": bool(flags & BF16_FLAGS) if flags else None,
         "memory_limit_bytes": device.memory_bytes,
@@ -81,11 +81,9 @@ def machine_facts(settings: Settings) -> tuple[dict[str, Any], str]:
     return facts, device.torch_device.type
 
 
-def kernels_state(settings: Settings, missing: str | None) -> str:
+def kernels_state(reason: str | None) -> str:
     """What computes MinT's own decoder, and why."""
-    if missing is not None:
-        return f"torch's ({missing})"
-    return "torch's (MINT_KERNELS=torch)" if settings.kernels == "torch" else "compiled by numba"
+    return "compiled by numba" if reason is None else f"torch's ({reason})"
 
 
 def busy_cores() -> float:

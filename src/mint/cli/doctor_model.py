@@ -99,7 +99,7 @@ def _forecast(folder: Path, settings: Settings, *, measure: bool) -> tuple[HostS
     config, device = read_config(folder), choose_device(settings)
     element_size, processor = device.dtype.itemsize, device.torch_device.type == "cpu"
     manner = PACKING if processor and element_size == 2 else PLAIN
-    if settings.kernels != "torch" and why_not_compiled(config, device) is None:
+    if why_not_compiled(config, device, settings) is None:
         manner = COMPILED
     memory = memory_need(
         config, element_size, device.memory_bytes,

@@ -27,6 +27,9 @@ from mint.engine.workspace import Workspace
 from mint.errors import InputError
 from mint.settings import Settings
 
+# several times as fast as AVX-512 for products of many rows; compiled kernels have not been run beside it
+AMX_FLAG = "amx_bf16"
+
 
 class AnyDecoder(Protocol):
     """See models/decoder.py. What `packed_attention` and `forward` make is for the decoder itself."""
@@ -84,21 +87,31 @@ class Compute:
 
 def make_compute(config: DecoderConfig, weights: DecoderWeights, device: Device, settings: Settings) -> Compute:
     """Takes the weights over. Raises InputError where MINT_KERNELS asks for what cannot be."""
-    reason = why_not_compiled(config, device)
-    if settings.kernels == "compiled" and reason is not None:
+    reason = why_not_compiled(config, device, settings)
+    if reason is None:
+        return _compiled_compute(config, weights, device)
+    if settings.kernels == "compiled":
         raise InputError(f"MINT_KERNELS=compiled: {reason}. Unset it to let MinT choose")
-    if settings.kernels == "torch" or reason is not None:
-        return _torch_compute(config, weights, device, settings)
-    return _compiled_compute(config, weights, device)
+    return _torch_compute(config, weights, device, settings)
 
 
-def why_not_compiled(config: DecoderConfig, device: Device) -> str | None:
-    """What is missing for compiled kernels; None: nothing."""
-    if (reason := missing(device.torch_device, device.dtype, processor_flags())) is not None:
+def why_not_compiled(config: DecoderConfig, device: Device, settings: Settings) -> str | None:
+    """Why torch computes this model; None where compiled kernels do."""
+    if (reason := why_not_here(device, settings)) is not None:
         return reason
     from mint.engine.kernels.weights import unfit
 
     return unfit(config)
+
+
+def why_not_here(device: Device, settings: Settings) -> str | None:
+    """The same of any model."""
+    if settings.kernels == "torch":
+        return "MINT_KERNELS=torch"
+    flags = processor_flags()
+    if settings.kernels is None and AMX_FLAG in flags:
+        return f"torch multiplies with {AMX_FLAG}, these kernels cannot"
+    return missing(device.torch_device, device.dtype, flags)
 
 
 def _torch_compute(config: DecoderConfig, weights: DecoderWeights, device: Device, settings: Settings) -> Compute:

@@ -75,7 +75,8 @@ class Projection:
 class MemoryNeed:
     """Bytes of a training run. `refusal`: why the planner would not take the model, None where it would.
 
-    base_bytes: with all copies from the start; decoding_bytes: the one that the first sample makes. pass_tokens: tokens of one pass.
+    base_bytes: with all copies from the start; decoding_bytes: the one that the first sample makes. pass_tokens: of one
+    pass.
     """
 
     base_bytes: int

@@ -12,7 +12,8 @@ from tests.support.engine import open_backend
 from tests.support.tiny_models import write_tiny_model
 
 from mint import types
-from mint.engine.compute import make_compute, why_not_compiled
+from mint.engine import compute
+from mint.engine.compute import make_compute, why_not_compiled, why_not_here
 from mint.engine.device import Device
 from mint.engine.kernels.available import missing
 from mint.engine.models.config import DecoderConfig
@@ -33,7 +34,7 @@ def model(folder: Path, **sizes: int) -> Path:
 def capable(tmp_path: Path) -> Path:
     """A model that compiled kernels can compute here."""
     folder = model(tmp_path / "model")
-    if (reason := why_not_compiled(read_config(folder), DEVICE)) is not None:
+    if (reason := why_not_compiled(read_config(folder), DEVICE, Settings(folder))) is not None:
         pytest.skip(reason)
     return folder
 
@@ -58,8 +59,14 @@ def test_without_numba_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_sizes_that_do_not_fit_are_named(capable: Path, tmp_path: Path) -> None:
     config: DecoderConfig = read_config(model(tmp_path / "narrow", head_dim=16, intermediate=80))
-    reason = why_not_compiled(config, DEVICE)
+    reason = why_not_compiled(config, DEVICE, Settings(capable))
     assert reason == "they compute in steps of 32, the model has intermediate_size 80, head_dim 16"
+
+
+def test_with_amx_torch_computes_unless_asked_otherwise(capable: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compute, "processor_flags", lambda: frozenset(FLAGS | {"amx_bf16"}))
+    assert why_not_here(DEVICE, Settings(capable)) == "torch multiplies with amx_bf16, these kernels cannot"
+    assert why_not_here(DEVICE, Settings(capable, kernels="compiled")) is None
 
 
 def test_what_cannot_be_compiled_is_refused_when_asked_for(tmp_path: Path) -> None:

@@ -151,7 +151,7 @@ def test_base_bytes_of_compiled_kernels_are_those_in_memory(tied: bool, tmp_path
     folder = write_tiny_model(tmp_path, "llama", tied=tied, tokenizer=False, head_dim=32)
     config = read_config(folder)
     device = Device(torch.device("cpu"), torch.bfloat16, 1, 2**34)
-    if (reason := why_not_compiled(config, device)) is not None:
+    if (reason := why_not_compiled(config, device, Settings(tmp_path))) is not None:
         pytest.skip(reason)
     weights = load_weights(folder, config, torch.bfloat16, torch.device("cpu"))
     norms = 2 * (2 * config.num_layers + 1) * config.hidden_size
