@@ -16,6 +16,7 @@ from mint.engine.backend import drain
 from mint.engine.decoder_backend import DecoderBackend
 from mint.settings import Settings
 from tests.support.engine import (
+    COMPILED,
     add_random_run,
     forward_backward,
     generate,
@@ -27,15 +28,17 @@ from tests.support.engine import (
     weighted_datums,
 )
 
-DTYPES = ["float32", "bfloat16"]
+# (dtype, kernels)
+DTYPES = [("float32", "torch"), ("bfloat16", "torch"), pytest.param(("bfloat16", "compiled"), marks=COMPILED)]
 LENGTHS = (7, 130, 16, 1, 64, 200, 33)
 # sizes at which kernels sum few rows in another order than many
 WIDE = {"hidden": 192, "intermediate": 1536}
 LORA = types.LoraConfig(rank=5)
 
 
-def _open(folder: Path, dtype: str, *, invariant: bool = True) -> DecoderBackend:
-    backend = DecoderBackend(folder, folder.name, Settings(folder, None, dtype, 1, batch_invariant=invariant))
+def _open(folder: Path, dtype: tuple[str, str], *, invariant: bool = True) -> DecoderBackend:
+    settings = Settings(folder, None, dtype[0], 1, batch_invariant=invariant, kernels=dtype[1])
+    backend = DecoderBackend(folder, folder.name, settings)
     add_random_run(backend, "run", LORA)
     add_random_run(backend, "other", types.LoraConfig(rank=3), seed=1)
     return backend
@@ -58,9 +61,9 @@ def _equal(a: tuple[list[Any], Tensor], b: tuple[list[Any], Tensor]) -> bool:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
-def test_no_packing_changes_a_bit(tiny: Callable[..., Path], family: str, dtype: str) -> None:
+def test_no_packing_changes_a_bit(tiny: Callable[..., Path], family: str, dtype: tuple[str, str]) -> None:
     """One call, a call for each datum, calls in between, and a pass that another run would share."""
-    folder, data = tiny(family, **WIDE), weighted_datums(np.random.default_rng(0), LENGTHS)
+    folder, data = tiny(family, **WIDE, head_dim=64), weighted_datums(np.random.default_rng(0), LENGTHS)
     backend = _open(folder, dtype)
     whole = _numbers(backend, data)
     assert _equal(_numbers(backend, *([datum] for datum in data)), whole)
@@ -71,8 +74,8 @@ def test_no_packing_changes_a_bit(tiny: Callable[..., Path], family: str, dtype:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_datum_has_its_bits_in_every_company(tiny: Callable[..., Path], dtype: str) -> None:
-    backend = _open(tiny("llama", **WIDE), dtype)
+def test_a_datum_has_its_bits_in_every_company(tiny: Callable[..., Path], dtype: tuple[str, str]) -> None:
+    backend = _open(tiny("llama", **WIDE, head_dim=64), dtype)
     data = weighted_datums(np.random.default_rng(0), LENGTHS)
     for i, datum in enumerate(data):
         (alone,) = _numbers(backend, [datum])[0]
@@ -81,8 +84,10 @@ def test_a_datum_has_its_bits_in_every_company(tiny: Callable[..., Path], dtype:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_loss_of_the_callers_own_does_not_see_the_packing_either(tiny: Callable[..., Path], dtype: str) -> None:
-    backend = _open(tiny("llama", **WIDE), dtype)
+def test_a_loss_of_the_callers_own_does_not_see_the_packing_either(
+    tiny: Callable[..., Path], dtype: tuple[str, str]
+) -> None:
+    backend = _open(tiny("llama", **WIDE, head_dim=64), dtype)
     data = weighted_datums(np.random.default_rng(0), LENGTHS)
 
     def loss(logprobs: Any) -> tuple[Any, dict[str, float]]:
@@ -97,8 +102,8 @@ def test_a_loss_of_the_callers_own_does_not_see_the_packing_either(tiny: Callabl
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_neighbours_change_no_bit_of_a_sequence(tiny: Callable[..., Path], dtype: str) -> None:
-    backend = _open(tiny("llama", **WIDE), dtype)
+def test_neighbours_change_no_bit_of_a_sequence(tiny: Callable[..., Path], dtype: tuple[str, str]) -> None:
+    backend = _open(tiny("llama", **WIDE, head_dim=64), dtype)
     adapter = backend.snapshot("run")
     options: dict[str, Any] = {"adapter": adapter, "num_topk": 20, "max_new": 24}
     given = request(random_prompt(20), seed=7, **options)
@@ -111,15 +116,15 @@ def test_neighbours_change_no_bit_of_a_sequence(tiny: Callable[..., Path], dtype
 
 def test_a_checkpoint_of_the_other_mode_goes_on_in_this_one(tiny: Callable[..., Path]) -> None:
     folder = tiny("llama")
-    packed = _open(folder, "float32", invariant=False).add_run("new", LORA, 0).plan
+    packed = _open(folder, ("float32", "torch"), invariant=False).add_run("new", LORA, 0).plan
     assert packed.max_tokens_per_pass > 1
-    assert _open(folder, "float32").use_plan("run", packed).plan.max_tokens_per_pass == 1
+    assert _open(folder, ("float32", "torch")).use_plan("run", packed).plan.max_tokens_per_pass == 1
 
 
 def test_a_resumed_run_of_this_mode_keeps_it(tiny: Callable[..., Path]) -> None:
-    folder, data = tiny("llama", **WIDE), weighted_datums(np.random.default_rng(0), LENGTHS)
-    plan = _open(folder, "float32").add_run("new", LORA, 0).plan
-    backend = _open(folder, "float32", invariant=False)
+    folder, data = tiny("llama", **WIDE, head_dim=64), weighted_datums(np.random.default_rng(0), LENGTHS)
+    plan = _open(folder, ("float32", "torch")).add_run("new", LORA, 0).plan
+    backend = _open(folder, ("float32", "torch"), invariant=False)
     backend.use_plan("run", plan)
     assert len(backend.micro_batches("run", part("run", data).input)) == len(data)
     assert forward_backward(backend, "run", data).error is None

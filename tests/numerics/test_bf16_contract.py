@@ -16,7 +16,9 @@ from torch import Tensor
 from mint import types
 from mint.hub import ModelSource
 from tests.support.engine import (
+    MISSING,
     add_random_run,
+    both_kernels,
     cross_entropy_loss,
     forward_backward,
     gradient,
@@ -59,11 +61,13 @@ def data(chats: list[list[int]]) -> list[types.Datum]:
 
 @pytest.fixture(scope="module")
 def measured(smollm2: ModelSource, data: list[types.Datum]) -> dict[str, Measured]:
-    """The same adapter on the same tokens: PEFT in fp32, PEFT in bf16, the engine in bf16."""
-    backend = open_backend(smollm2.path, "bfloat16")
-    tensors = add_random_run(backend, "run", LORA, scale=B_SCALE)
-    result = forward_backward(backend, "run", data)
-    found = {"engine": Measured(np.concatenate(result.logprobs), gradient(backend, "run"))}
+    """The same adapter on the same tokens: PEFT in fp32, PEFT in bf16, the engine in bf16 with each kernels there are."""
+    found = {}
+    for kernels in ("torch", *(("compiled",) if MISSING is None else ())):
+        backend = open_backend(smollm2.path, "bfloat16", kernels=kernels)
+        tensors = add_random_run(backend, "run", LORA, scale=B_SCALE)
+        result = forward_backward(backend, "run", data)
+        found[kernels] = Measured(np.concatenate(result.logprobs), gradient(backend, "run"))
     for name, dtype in (("fp32", torch.float32), ("peft", torch.bfloat16)):
         model, named = peft_model(smollm2.path, tensors, LORA.rank, dtype)
         parts = [reference_gradient(model, named, [datum], cross_entropy_loss([datum])) for datum in data]
@@ -72,12 +76,13 @@ def measured(smollm2: ModelSource, data: list[types.Datum]) -> dict[str, Measure
     return found
 
 
+@both_kernels
 def test_logprob_errors_are_no_larger_than_transformers(
-    measured: dict[str, Measured], record_property: Callable[[str, object], None]
+    measured: dict[str, Measured], kernels: str, record_property: Callable[[str, object], None]
 ) -> None:
     exact = measured["fp32"].logprobs.astype(np.float64)
     assert len(exact) >= MIN_TOKENS
-    ours, theirs = (measured[name].logprobs - exact for name in ("engine", "peft"))
+    ours, theirs = (measured[name].logprobs - exact for name in (kernels, "peft"))
     figures = {
         "tokens": len(exact),
         "mean |error|, engine": float(np.abs(ours).mean()),
@@ -91,10 +96,11 @@ def test_logprob_errors_are_no_larger_than_transformers(
     assert abs(ours.mean()) <= SIGNED_ERROR
 
 
+@both_kernels
 def test_lora_gradient_is_as_close_to_fp32_as_pefts(
-    measured: dict[str, Measured], record_property: Callable[[str, object], None]
+    measured: dict[str, Measured], kernels: str, record_property: Callable[[str, object], None]
 ) -> None:
-    exact, ours, theirs = (measured[name].gradient for name in ("fp32", "engine", "peft"))
+    exact, ours, theirs = (measured[name].gradient for name in ("fp32", kernels, "peft"))
     figures = {
         "cosine, engine": float(torch.nn.functional.cosine_similarity(ours, exact, dim=0)),
         "cosine, PEFT": float(torch.nn.functional.cosine_similarity(theirs, exact, dim=0)),

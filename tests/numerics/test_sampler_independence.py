@@ -21,7 +21,15 @@ from mint.engine.sampling.kernels import Kernels, positions_are_independent
 from mint.engine.workspace import Workspace
 from mint.hub import ModelSource
 from mint.types.results import SampledSequence
-from tests.support.engine import FP32_LOGPROB, add_random_run, generate, open_backend, random_prompt, request
+from tests.support.engine import (
+    FP32_LOGPROB,
+    add_random_run,
+    both_kernels,
+    generate,
+    open_backend,
+    random_prompt,
+    request,
+)
 
 LORA = types.LoraConfig(rank=8)
 ODD = types.LoraConfig(rank=5)
@@ -57,17 +65,21 @@ def _assert_bit_equal(found: Sequence[SampledSequence], expected: Sequence[Sampl
 
 @pytest.mark.parametrize("with_adapter", [False, True], ids=["base", "adapter"])
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
-def test_neighbours_change_no_bit_in_bf16(tiny: Callable[..., Path], family: str, with_adapter: bool) -> None:
-    backend, adapter = _backend(tiny(family), "bfloat16")
+@both_kernels
+def test_neighbours_change_no_bit_in_bf16(
+    tiny: Callable[..., Path], family: str, with_adapter: bool, kernels: str
+) -> None:
+    backend, adapter = _backend(tiny(family, head_dim=32), "bfloat16", kernels=kernels)
     alone = _among(backend, adapter if with_adapter else None, 0)
     for num_others in (1, 2, 7, 16, 40):
         _assert_bit_equal([_among(backend, adapter if with_adapter else None, num_others)], [alone])
 
 
 @pytest.mark.parametrize("with_adapter", [False, True], ids=["base", "adapter"])
-def test_prompts_prefilled_together_change_no_bit(tiny: Callable[..., Path], with_adapter: bool) -> None:
+@both_kernels
+def test_prompts_prefilled_together_change_no_bit(tiny: Callable[..., Path], with_adapter: bool, kernels: str) -> None:
     """Prompts that arrive together may share a pass: seen in the likeliest first tokens, before any decode step."""
-    backend, adapter = _backend(tiny("llama"), "bfloat16")
+    backend, adapter = _backend(tiny("llama", head_dim=32), "bfloat16", kernels=kernels)
     options = {"adapter": adapter if with_adapter else None, "max_new": 1, "num_topk": 50}
     prompts = [random_prompt(length) for length in (3, 20, 33, 100, 256, 300)]
     for prompt in prompts:
@@ -79,17 +91,19 @@ def test_prompts_prefilled_together_change_no_bit(tiny: Callable[..., Path], wit
 
 
 @pytest.mark.parametrize("with_adapter", [False, True], ids=["base", "adapter"])
-def test_neighbours_change_no_bit_of_a_wide_model(tiny: Callable[..., Path], with_adapter: bool) -> None:
-    backend, adapter = _backend(tiny("llama", **WIDE), "bfloat16")
+@both_kernels
+def test_neighbours_change_no_bit_of_a_wide_model(tiny: Callable[..., Path], with_adapter: bool, kernels: str) -> None:
+    backend, adapter = _backend(tiny("llama", **WIDE, head_dim=64), "bfloat16", kernels=kernels)
     alone = _among(backend, adapter if with_adapter else None, 0, max_new=40)
     for num_others in (1, 7, 40):
         _assert_bit_equal([_among(backend, adapter if with_adapter else None, num_others, max_new=40)], [alone])
 
 
 @pytest.mark.parametrize("with_adapter", [False, True], ids=["base", "adapter"])
-def test_neighbours_change_no_bit_of_the_packaged_model(smollm2: ModelSource, with_adapter: bool) -> None:
+@both_kernels
+def test_neighbours_change_no_bit_of_the_packaged_model(smollm2: ModelSource, with_adapter: bool, kernels: str) -> None:
     """An odd rank, for which kernels of the low-rank products differ by row count as well."""
-    backend, adapter = _backend(smollm2.path, "bfloat16", ODD)
+    backend, adapter = _backend(smollm2.path, "bfloat16", ODD, kernels)
     alone = _among(backend, adapter if with_adapter else None, 0)
     for num_others in (1, 7, 40):
         _assert_bit_equal([_among(backend, adapter if with_adapter else None, num_others)], [alone])
@@ -109,9 +123,10 @@ def test_neighbours_in_fp32(tiny: Callable[..., Path], family: str) -> None:
 @pytest.mark.parametrize(
     "count", [7, 12]
 )  # odd and even numbers of an adapter's rows: with and without padding between
-def test_neighbours_with_other_adapters_change_no_bit(tiny: Callable[..., Path], count: int) -> None:
+@both_kernels
+def test_neighbours_with_other_adapters_change_no_bit(tiny: Callable[..., Path], count: int, kernels: str) -> None:
     """Sequences of one adapter are gathered within a step, so company also changes a row's place."""
-    backend, first = _backend(tiny("qwen3"), "bfloat16")
+    backend, first = _backend(tiny("qwen3"), "bfloat16", kernels=kernels)
     add_random_run(backend, "other", types.LoraConfig(rank=3, train_attn=False), seed=4)
     handles = [None, first, backend.snapshot("other")]
     requests = [request(random_prompt(8 + i), adapter=handles[i % 3], seed=i) for i in range(count)]
@@ -188,13 +203,14 @@ def _computed_rows(backend: DecoderBackend, monkeypatch: pytest.MonkeyPatch) -> 
     return rows
 
 
+@both_kernels
 @pytest.mark.parametrize("common", [1, 40, 128, 150])
 def test_what_prompts_of_one_pass_have_in_common_is_computed_once(
-    tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, common: int
+    tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, common: int, kernels: str
 ) -> None:
     """Down to the token; a prompt that comes twice computes its last token again, one that goes on from another's end
     all that follows."""
-    backend, adapter = _backend(tiny("qwen3"), "bfloat16")
+    backend, adapter = _backend(tiny("qwen3"), "bfloat16", kernels=kernels)
     beginning = random_prompt(common, seed=9)
     prompts = [[*beginning, *random_prompt(7 + i, seed=i)] for i in range(4)]
     prompts += [prompts[0], [*prompts[1], 5, 6, 7]]
@@ -202,7 +218,7 @@ def test_what_prompts_of_one_pass_have_in_common_is_computed_once(
     requests = [request(ids, adapter=a, seed=i, **options) for a in (None, adapter) for i, ids in enumerate(prompts)]
     alone = []
     for given in requests:
-        fresh, same_adapter = _backend(tiny("qwen3"), "bfloat16")
+        fresh, same_adapter = _backend(tiny("qwen3"), "bfloat16", kernels=kernels)
         fresh_request = request(given.prompt, adapter=given.adapter and same_adapter, seed=given.seed, **options)
         alone.append(generate(fresh, fresh_request)[0])
     rows = _computed_rows(backend, monkeypatch)
@@ -215,8 +231,11 @@ def test_what_prompts_of_one_pass_have_in_common_is_computed_once(
         assert generation.sequences == expected.sequences  # floats: equal means every bit
 
 
-def test_prompts_cut_anywhere_fill_every_pass(tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    backend, adapter = _backend(tiny("llama"), "bfloat16")
+@both_kernels
+def test_prompts_cut_anywhere_fill_every_pass(
+    tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, kernels: str
+) -> None:
+    backend, adapter = _backend(tiny("llama", head_dim=32), "bfloat16", kernels=kernels)
     requests = [request(random_prompt(150 + i, seed=i), adapter=adapter, seed=i) for i in range(7)]
     alone = []
     for given in requests:

@@ -16,6 +16,7 @@ from mint.engine.decoder_backend import DecoderBackend
 from tests.support.engine import (
     FP32_LOGPROB,
     add_random_run,
+    both_kernels,
     continuation,
     drain,
     forward,
@@ -65,11 +66,12 @@ def test_cached_decoding_equals_transformers_and_forward(tiny: Callable[..., Pat
         assert np.abs(np.subtract(sequence.logprobs, scored[len(prompt) - 1 :])).max() <= FP32_LOGPROB
 
 
+@both_kernels
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
-def test_bf16_decoding_errs_no_more_than_forward(tiny: Callable[..., Path], family: str) -> None:
+def test_bf16_decoding_errs_no_more_than_forward(tiny: Callable[..., Path], family: str, kernels: str) -> None:
     """Mean error to fp32 over the generated tokens."""
-    folder = tiny(family)
-    backend = open_backend(folder, "bfloat16")
+    folder = tiny(family, head_dim=32)
+    backend = open_backend(folder, "bfloat16", kernels=kernels)
     tensors = add_random_run(backend, "run", LORA)
     model, _ = peft_model(folder, tensors, LORA.rank)
     sampled, scored = [], []

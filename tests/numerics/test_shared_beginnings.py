@@ -19,6 +19,7 @@ from tests.support.engine import (
     FP32_LOGPROB,
     VOCAB,
     add_random_run,
+    both_kernels,
     cross_entropy_loss,
     forward,
     forward_backward,
@@ -160,18 +161,19 @@ def test_rows_that_are_shared_are_scored_in_several_chunks(tiny: Callable[..., P
     assert relative_error(gradient(backend, "run"), expected_gradient) <= FP32_GRADIENT
 
 
+@both_kernels
 def test_many_answers_to_one_prompt_in_bf16_keep_the_gradient(
-    tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+    tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, kernels: str
 ) -> None:
     """What hundreds give to the prompt's keys and values is summed in float32, some at a time: in bf16 the sums would be off
     by more than the rounding of each datum alone."""
-    folder = tiny("llama")
+    folder = tiny("llama", head_dim=32)
     data = weighted_datums(np.random.default_rng(4), [40] * 300, common=32)
     exact = each_alone(folder, data)[1]
     errors = []
     for cap, at_once in ((1, 2**13), (10**4, 2**13), (10**4, 1000)):
         monkeypatch.setattr(packed_attention, "SHARED_AT_ONCE", at_once)
-        backend = open_backend(folder, "bfloat16", max_tokens_per_pass=cap)
+        backend = open_backend(folder, "bfloat16", max_tokens_per_pass=cap, kernels=kernels)
         add_random_run(backend, "run", LORA)
         forward_backward(backend, "run", data)
         errors.append(relative_error(gradient(backend, "run"), exact))

@@ -36,7 +36,9 @@ from mint.engine.backend import (
     join_results,
 )
 from mint.engine.decoder_backend import DecoderBackend
+from mint.engine.device import processor_flags
 from mint.engine.hf.backend import HfBackend
+from mint.engine.kernels.available import missing
 from mint.engine.lora import named_tensors
 from mint.engine.models.decoder import PackedRow
 from mint.local.policy import Head, next_heads
@@ -45,6 +47,11 @@ from mint.types.requests import prepare_training_input
 from tests.support import tiny_models
 
 T = TypeVar("T")
+# what compiled kernels lack here; None: nothing
+MISSING = missing(torch.device("cpu"), torch.bfloat16, processor_flags())
+COMPILED = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
+# of bf16; tiny models need head_dim=32
+both_kernels = pytest.mark.parametrize("kernels", ["torch", pytest.param("compiled", marks=COMPILED)])
 Config = Mapping[str, float]
 
 # numerics contract (docs/architecture.md, section 3a): fp32, any packing, and against transformers and PEFT
