@@ -20,8 +20,8 @@ from mint import settings
 from mint.data import load_demo
 from mint.engine.backend import GenerateRequest, Part, drain
 from mint.engine.decoder_backend import DecoderBackend
-from mint.engine.packing import pack_sequences
 from mint.engine.models.weights import DecoderWeights, load_weights, read_config
+from mint.engine.packing import pack_sequences
 from mint.hub import load_tokenizer, resolve_model
 from mint.types.params import AdamParams, LoraConfig
 from mint.types.requests import prepare_training_input

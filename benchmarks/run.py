@@ -31,6 +31,7 @@ COMMANDS = {
     "sft-trl": ["sft.py", "--steps", "8", "--peer", "trl"],
     "sampling": ["sampling.py", "--pairs", "5", "--batches", "1,8,32,128"],
     "limits": ["limits.py", "--pairs", "7"],
+    "kernels": ["kernels.py"],
     "tenants": ["tenants.py", "--pairs", "7"],
     "sharing": ["sharing.py"],
     "fairness": ["fairness.py"],

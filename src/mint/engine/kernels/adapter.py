@@ -16,10 +16,12 @@ from mint.engine.kernels.low_rank import (
     pack_sites,
 )
 from mint.engine.kernels.simd import WIDTH, load_scalar
+from mint.engine.kernels.tables import NUM_SITES
 from mint.engine.kernels.threads import Kernel, thread_count, thread_number
 from mint.engine.lora import DOWN, GATE_UP, QKV, UNEMBED_SITE, AdapterLayout, AnyAdapter, LoraSite, O, Site
 
 SITES = (QKV, O, GATE_UP, DOWN)  # of a layer, in the order of the tables
+assert len(SITES) == NUM_SITES
 
 
 def _pack(a: Any) -> None:
@@ -31,10 +33,8 @@ _pack_kernel = Kernel(_pack)
 
 def site_numbers(num_layers: int) -> dict[Site, int]:
     """Where each site's entry is in an adapter's table."""
-    numbers: dict[Site, int] = {
-        (i, name): len(SITES) * i + k for i in range(num_layers) for k, name in enumerate(SITES)
-    }
-    numbers[UNEMBED_SITE] = len(SITES) * num_layers
+    numbers: dict[Site, int] = {(i, name): NUM_SITES * i + k for i in range(num_layers) for k, name in enumerate(SITES)}
+    numbers[UNEMBED_SITE] = NUM_SITES * num_layers
     return numbers
 
 

@@ -12,12 +12,14 @@ import torch
 from torch import Tensor
 
 from mint.engine.kernels import layer as k
-from mint.engine.kernels.adapter import SITES, adapted_table
+from mint.engine.kernels.adapter import adapted_table
 from mint.engine.kernels.attention import SEQUENCE_WIDTH, scratch_bytes
+from mint.engine.kernels.layer_back import back_kernel
 from mint.engine.kernels.low_rank import GAP
 from mint.engine.kernels.packing import BLOCK_BYTES
 from mint.engine.kernels.products import TILE_BLOCKS
 from mint.engine.kernels.simd import WIDTH
+from mint.engine.kernels.tables import NUM_SITES
 from mint.engine.kernels.weights import PackedWeights
 from mint.engine.lora import DOWN, GATE_UP, QKV, O
 from mint.engine.models.config import DecoderConfig
@@ -138,11 +140,11 @@ class CompiledDecoder:
         return values, [rope, table, attention, parts]
 
     def _set_layer(self, values: np.ndarray, index: int, act: Activations, out: Tensor | None) -> None:
-        values[k.INPUT_NORM : k.QKV_BACK] = self._packed.forward_table[index]
-        values[k.QKV_BACK : k.X] = self._packed.back_table[index]
-        values[k.X : k.SITE + 1] = [
-            act.x_TD.data_ptr(), act.raw_TO.data_ptr(), act.heads_NTE.data_ptr(), act.attn_TH.data_ptr(), act.mid_TD.data_ptr(),
-            act.act_TF2.data_ptr(), out.data_ptr() if out is not None else 0, len(SITES) * index,
+        out_at = out.data_ptr() if out is not None else 0
+        values[k.WEIGHTS : k.SITE + 1] = [
+            self._packed.forward_table[index].ctypes.data, self._packed.back_table[index].ctypes.data, act.x_TD.data_ptr(),
+            act.raw_TO.data_ptr(), act.heads_NTE.data_ptr(), act.attn_TH.data_ptr(), act.mid_TD.data_ptr(),
+            act.act_TF2.data_ptr(), out_at, NUM_SITES * index,
         ]  # fmt: skip
 
     def _input(self, tokens: int, index: int, *, keep: bool) -> Tensor:
@@ -184,5 +186,5 @@ class CompiledDecoder:
             values[k.TO_ATTENTION] = index > 0 or row.adapts(0, QKV, O)
             values[k.TO_INPUT] = index > 0
             if values[k.TO_ATTENTION] or row.adapts(0, GATE_UP, DOWN):
-                k.back_kernel.run(values.ctypes.data)
+                back_kernel.run(values.ctypes.data)
             yield

@@ -21,7 +21,27 @@ from mint.engine.kernels.packing import BLOCK_BYTES
 from mint.engine.kernels.products import TILE_BLOCKS, multiply
 from mint.engine.kernels.simd import WIDTH, load, load_int, load_pairs, load_scalar, store, store_pairs
 from mint.engine.kernels.softmax import norm_rows
-from mint.engine.kernels.tables import INT, cell
+from mint.engine.kernels.tables import (
+    DOWN,
+    DOWN_BIAS,
+    DOWN_SITE,
+    GATE_UP,
+    GATE_UP_BIAS,
+    GATE_UP_SITE,
+    INPUT_NORM,
+    INT,
+    K_NORM,
+    MLP_NORM,
+    NUM_SITES,
+    O_BIAS,
+    O_PROJ,
+    O_SITE,
+    Q_NORM,
+    QKV,
+    QKV_BIAS,
+    WEIGHTS_WIDTH,
+    cell,
+)  # fmt: skip
 from mint.engine.kernels.threads import Kernel, share_of, thread_count, thread_number, wait_for_others
 from mint.engine.kernels.vectors import attend_one, norm_in_place, rotate_to_bf16, swiglu_to_bf16, to_bf16
 
@@ -31,12 +51,6 @@ from mint.engine.kernels.vectors import attend_one, norm_in_place, rotate_to_bf1
     NUM_ADAPTED, COS, SIN, X, NORMED, QKV_OUT, Q, SCORES, ROOM, GATE_UP_OUT, INNER, WIDE, NARROW, RANKS,
 ) = range(27)  # fmt: skip
 
-# a row for each layer: addresses; matrices are packed, all else is float32
-LAYER_WIDTH = 12
-(
-    INPUT_NORM, QKV, QKV_BIAS, Q_NORM, K_NORM, O_PROJ, O_BIAS, MLP_NORM, GATE_UP, GATE_UP_BIAS, DOWN, DOWN_BIAS,
-) = range(LAYER_WIDTH)  # fmt: skip
-
 # a row for each row of the pass: its position, where its sequence's keys begin, and the bytes to the next layer's, to the
 # values, and to the next head's
 ROW_WIDTH = 5
@@ -45,8 +59,6 @@ POSITION, CACHE, NEXT_LAYER, TO_VALUES, NEXT_HEAD = range(ROW_WIDTH)
 # a row for each beginning that a sequence takes from another of the pass, once a layer has it
 COPY_WIDTH = 4
 FROM_ROW, TO_ROW, FIRST_POSITION, END_POSITION = range(COPY_WIDTH)
-
-SITES = 4  # of a layer: qkv, o, gate_up, down
 
 
 @device
@@ -176,11 +188,11 @@ def attention_rows(a: Any, part: int, parts: int, layer: int, weights: int) -> N
     """The heads' results in the place of the queries."""
     heads, kv_heads, size = a[HEADS], a[KV_HEADS], a[HEAD_DIM]
     norm(a, part, parts, load_int(weights + INT * INPUT_NORM))
-    inputs_of(a, part, parts, SITES * layer, a[NORMED])
+    inputs_of(a, part, parts, NUM_SITES * layer, a[NORMED])
     qkv_size = (heads + 2 * kv_heads) * size
     first, end = share_of(qkv_size // WIDTH, part, parts, TILE_BLOCKS)
     w, bias = load_int(weights + INT * QKV), load_int(weights + INT * QKV_BIAS)
-    project(a, SITES * layer, a[NORMED], w, a[HIDDEN] // 2, bias, first, end, a[QKV_OUT], 4 * qkv_size, 0)
+    project(a, NUM_SITES * layer, a[NORMED], w, a[HIDDEN] // 2, bias, first, end, a[QKV_OUT], 4 * qkv_size, 0)
     wait_for_others()
     first, end = share_of(a[NUM_ROWS], part, parts, 1)
     for row in range(first, end):
@@ -199,14 +211,14 @@ def _rows(a: Any) -> None:
     part, parts = thread_number(), thread_count()
     q_pairs = a[HEADS] * a[HEAD_DIM] // 2
     for layer in range(a[LAYERS]):
-        weights, site = a[LAYER_TABLE] + INT * LAYER_WIDTH * layer, SITES * layer
+        weights, site = a[LAYER_TABLE] + INT * WEIGHTS_WIDTH * layer, NUM_SITES * layer
         attention_rows(a, part, parts, layer, weights)
-        add_to_residual(a, part, parts, site + 1, weights, O_PROJ, O_BIAS, a[Q], q_pairs)
+        add_to_residual(a, part, parts, site + O_SITE, weights, O_PROJ, O_BIAS, a[Q], q_pairs)
         norm(a, part, parts, load_int(weights + INT * MLP_NORM))
-        inputs_of(a, part, parts, site + 2, a[NORMED])
-        mlp_rows(a, part, parts, site + 2, weights)
+        inputs_of(a, part, parts, site + GATE_UP_SITE, a[NORMED])
+        mlp_rows(a, part, parts, site + GATE_UP_SITE, weights)
         wait_for_others()
-        add_to_residual(a, part, parts, site + 3, weights, DOWN, DOWN_BIAS, a[INNER], a[MLP] // 2)
+        add_to_residual(a, part, parts, site + DOWN_SITE, weights, DOWN, DOWN_BIAS, a[INNER], a[MLP] // 2)
 
 
 rows_kernel = Kernel(_rows)

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from mint.engine.kernels.adapter import SITES
 from mint.engine.kernels.products import pack
 from mint.engine.kernels.simd import WIDTH
+from mint.engine.kernels.tables import NUM_SITES, WEIGHTS_WIDTH
 from mint.engine.models.config import DecoderConfig
 from mint.engine.models.linear import Linear
 from mint.engine.models.weights import DecoderWeights
@@ -23,7 +23,7 @@ def unfit(config: DecoderConfig) -> str | None:
 
 
 class PackedWeights:
-    """forward_table: a row for each layer, see decoder_rows.py; back_table: the four matrices for backward."""
+    """forward_table: a row for each layer, see tables.py; back_table: the four matrices for backward."""
 
     def __init__(self, config: DecoderConfig, weights: DecoderWeights) -> None:
         """Empties `weights.layers`: two copies of a matrix are enough."""
@@ -41,11 +41,12 @@ class PackedWeights:
             forward.append([*row, *self._linear(layer.gate_up), *self._linear(layer.down)])
             back.append([self.hold(pack(linear.weight_OI.t())) for linear in layer.linears()])
         self.forward_table, self.back_table = np.array(forward, np.int64), np.array(back, np.int64)
+        assert self.forward_table.shape[1:] == (WEIGHTS_WIDTH,) and self.back_table.shape[1:] == (NUM_SITES,)
         self.final_norm_D = weights.final_norm_D
         self.hold(weights.final_norm_D)
         self.unembed, _ = self._linear(weights.unembed)
         self.vocab_blocks = -(-config.vocab_size // WIDTH)
-        self.unembed_site = len(SITES) * config.num_layers  # its number among the sites of adapters
+        self.unembed_site = NUM_SITES * config.num_layers  # its number among the sites of adapters
         # inputs of the backward product are filled up as the logits' gradient is
         unembed_VD = pad(weights.unembed.weight_OI, (0, 0, 0, -config.vocab_size % WIDTH))
         self.unembed_back = self.hold(pack(unembed_VD.t()))
