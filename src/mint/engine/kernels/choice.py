@@ -81,17 +81,14 @@ def first_largest(logits: int, size: int, best: float) -> int:
 def drawn(logits: int, size: int, best: float, factor: float, uniform: float, sums: int, weights: int) -> int:
     """The token at `uniform` of the cumulative distribution."""
     wanted = uniform * block_sums(logits, size, best, factor, sums)
-    before, block, found = 0.0, 0, -1
+    before, block = 0.0, 0
     for i in range((size + BLOCK - 1) // BLOCK):
         one = load_double(sums + 8 * i)
         if one > 0:
             block = i
             if before + one > wanted:
-                found = i
                 break
             before += one
-    if found < 0:  # rounding: the last block with a weight
-        before -= load_double(sums + 8 * block)
     at = BLOCK * block
     return at + place_in_block(logits + 4 * at, min(BLOCK, size - at), best, factor, wanted - before, weights)
 

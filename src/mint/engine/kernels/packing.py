@@ -170,7 +170,8 @@ def pack_bf16_output_rows(source: int, step: int, outputs: int, inputs: int, out
 
 @exported(types.void, (_i64,) * 6)
 def pack_bf16_input_rows(source: int, step: int, inputs: int, outputs: int, pairs: int, out: int) -> None:
-    """From bf16 rows of inputs; outputs are a multiple of 16. `pairs`: of inputs there is room for, filled up with zeros."""
+    """From bf16 rows of inputs; outputs are a multiple of 16. `pairs`: of inputs a block of the result has room for; the partner
+    of an odd last row is 0."""
     for block in range(outputs // WIDTH):
         at, to = source + 2 * WIDTH * block, out + BLOCK_BYTES * pairs * block
         for pair in range((inputs + 1) // 2):
