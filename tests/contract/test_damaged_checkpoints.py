@@ -220,6 +220,18 @@ def test_a_later_format_with_other_fields_is_called_by_its_number(
     assert "format 2, this MinT reads format 1" in str(caught.value)
 
 
+def test_a_checkpoint_from_before_kernels_were_recorded_is_read(
+    run: mint.TrainingClient, path: str, mint_home: Path
+) -> None:
+    """As it was written and signed then, without the plan's last field."""
+    file = checkpoint_folder(mint_home, path) / MANIFEST
+    manifest = json.loads(file.read_text())
+    assert manifest["plan"].pop("kernels") == "torch"
+    unsigned = json.dumps({**manifest, "digest": ""}, separators=(",", ":"), ensure_ascii=False)
+    file.write_text(json.dumps({**manifest, "digest": hashlib.sha256(unsigned.encode()).hexdigest()}))
+    assert run.load_state_with_optimizer(path).result(GUARD).path == path
+
+
 @pytest.mark.parametrize("name", ["adapter_config.json", MANIFEST])
 def test_a_wrong_digit_is_found_in_every_file(run: mint.TrainingClient, path: str, mint_home: Path, name: str) -> None:
     file = checkpoint_folder(mint_home, path) / name

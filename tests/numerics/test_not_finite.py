@@ -15,14 +15,17 @@ from mint.engine.decoder_backend import DecoderBackend
 from mint.errors import NumericsError
 from tests.support.engine import (
     add_random_run,
+    both_kernels,
     drain,
     flatten,
     forward_backward,
+    generate,
     gradient,
     make_datum,
     open_backend,
     parameters,
     part,
+    request,
     weighted_datums,
 )
 
@@ -141,3 +144,24 @@ def test_a_learning_rate_of_zero_was_asked_for(backend: DecoderBackend) -> None:
     forward_backward(backend, "bad", [_weights(1.0)])
     metrics = backend.optim_step("bad", types.AdamParams(learning_rate=0.0))
     assert (metrics["step"], metrics["update_norm"]) == (1.0, 0.0)
+
+
+@both_kernels
+@pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
+def test_an_adapter_that_blew_up_fails_its_own_samples_only(
+    tiny: Callable[..., Path], kernels: str, temperature: float
+) -> None:
+    backend = open_backend(tiny("llama", head_dim=32), "bfloat16", kernels=kernels)
+    add_random_run(backend, "bad", LORA)
+    add_random_run(backend, "good", LORA, seed=1)
+    good = backend.snapshot("good")
+    with torch.inference_mode():
+        backend._trainer.runs["bad"].params_P[-1] = torch.nan  # one token's logit
+    backend._trainer.runs["bad"]._weights = None
+    given = [request([5, 6, 7], adapter=a, temperature=temperature) for a in (backend.snapshot("bad"), good, None)]
+    alone = [generate(backend, one)[0] for one in given[1:]]
+    bad, *others = generate(backend, *given)
+    assert isinstance(bad.error, NumericsError) and bad.sequences == []
+    assert "sample: this adapter gives logits that are not finite numbers for this prompt" in str(bad.error)
+    assert [generation.sequences for generation in others] == [generation.sequences for generation in alone]
+    assert backend.num_requests == 0

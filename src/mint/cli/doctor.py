@@ -161,7 +161,7 @@ def judge(facts: dict[str, Any], device: str) -> tuple[list[str], list[str]]:
         advice.append("MINT_DTYPE=float32 on a processor that multiplies bf16 in hardware: unset it for speed")
     if "mint-toolkit[fast]" in facts["kernels"]:
         advice.append(
-            "this processor can run compiled kernels, which train 1.7 and sample 2 to 3 times as fast: "
+            "this processor can run compiled kernels, which train 1.5 and sample 2 to 3 times as fast: "
             'pip install "mint-toolkit[fast]"'
         )
     if "MINT_KERNELS=torch" in facts["kernels"]:

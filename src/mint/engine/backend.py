@@ -136,11 +136,12 @@ class GenerateRequest:
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Generation:
-    """A finished request: its sequences in order; prompt tokens whose prefill was found in the prefix cache."""
+    """A finished request: its sequences in order; prompt tokens whose prefill was found in the prefix cache; or why it failed."""
 
     request: int
     sequences: list[SampledSequence]
     cached_tokens: int
+    error: MintError | None = None
 
 
 @dataclass(frozen=True, slots=True, repr=False)

@@ -5,6 +5,7 @@ Both sides are decoder, head, what they multiply an adapter with, and the sample
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mint.engine.device import Device, processor_flags
-from mint.engine.kernels.available import kernels_version, missing
+from mint.engine.kernels.available import kernels_version, missing, unfit
 from mint.engine.lora import AdapterLayout, AnyAdapter, Segment, adapter_weights
 from mint.engine.models.config import DecoderConfig
 from mint.engine.models.decoder import Decoder, PackedRow
@@ -26,6 +27,8 @@ from mint.engine.sampling.torch_passes import TorchPasses
 from mint.engine.workspace import Workspace
 from mint.errors import InputError
 from mint.settings import Settings
+
+logger = logging.getLogger("mint")
 
 # several times as fast as AVX-512 for products of many rows; compiled kernels have not been run beside it
 AMX_FLAG = "amx_bf16"
@@ -92,6 +95,8 @@ def make_compute(config: DecoderConfig, weights: DecoderWeights, device: Device,
         return _compiled_compute(config, weights, device)
     if settings.kernels == "compiled":
         raise InputError(f"MINT_KERNELS=compiled: {reason}. Unset it to let MinT choose")
+    if device.dtype == torch.bfloat16 and device.torch_device.type == "cpu":
+        logger.info("compiled kernels are not used: %s", reason)
     return _torch_compute(config, weights, device, settings)
 
 
@@ -99,19 +104,17 @@ def why_not_compiled(config: DecoderConfig, device: Device, settings: Settings) 
     """Why torch computes this model; None where compiled kernels do."""
     if (reason := why_not_here(device, settings)) is not None:
         return reason
-    from mint.engine.kernels.weights import unfit
-
     return unfit(config)
 
 
 def why_not_here(device: Device, settings: Settings) -> str | None:
     """The same of any model."""
-    if settings.kernels == "torch":
-        return "MINT_KERNELS=torch"
     flags = processor_flags()
+    if (reason := missing(device.torch_device, device.dtype, flags)) is not None:
+        return reason
     if settings.kernels is None and AMX_FLAG in flags:
         return f"torch multiplies with {AMX_FLAG}, these kernels cannot"
-    return missing(device.torch_device, device.dtype, flags)
+    return "MINT_KERNELS=torch" if settings.kernels == "torch" else None
 
 
 def _torch_compute(config: DecoderConfig, weights: DecoderWeights, device: Device, settings: Settings) -> Compute:

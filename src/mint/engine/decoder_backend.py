@@ -62,6 +62,7 @@ class DecoderBackend:
         with torch.inference_mode(), returning_freed_memory(self._device.torch_device):
             weights = load_weights(folder, config, self._device.dtype, self._device.torch_device)
             self._compute = make_compute(config, weights, self._device, settings)
+            del weights
             copies = self._compute.pass_memory.copies_per_token
             self._trainer = Trainer(self._compute.decoder, self._compute.head, self._recomputed_layers, copies)
             self._adapters: dict[int, AnyAdapter] = {}

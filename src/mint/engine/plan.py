@@ -24,6 +24,7 @@ KERNELS_OF_PASS = 36  # for products of all its rows
 KERNELS_OF_BLOCK = 7  # for attention's, of a block of query rows
 # of the compiled decoder
 LEAST_ROWS, MOST_ROWS, CHUNK_VALUES = 32, 256, 2**23  # rows of a chunk of logits, and values
+COMPILED_COPIES_PER_TOKEN = 12  # 11 to 19 take as much, by the model's shape
 USUAL_RANKS = 48  # of a site, three modules of 16: adapters are not known to the plan
 PANEL_BYTES = 192  # for each token and thread, what lies between a product and its rounding
 ATTENTION_BYTES_PER_KEY = (
@@ -56,7 +57,8 @@ class PassMemory:
     kept_per_layer: for each token, what backward needs of a layer that is not recomputed, but its input. per_token: for each
     token with every layer recomputed: the layers' inputs, one layer's work, float32 residuals and norms. per_key: for each
     token of the longest datum: attention's scores of one block of query rows, in forward and backward. fixed: whatever the
-    length: the logits of a chunk, the softmax of some rows, kernels. per_copy: see `packing.num_copies`.
+    length: the logits of a chunk, the softmax of some rows, kernels. per_copy: see `packing.num_copies`;
+    copies_per_token: how many count as one, a constant, for it decides how batches are split.
     """
 
     config: DecoderConfig
@@ -65,11 +67,7 @@ class PassMemory:
     per_key: int
     fixed: int
     per_copy: int
-
-    @property
-    def copies_per_token(self) -> int:
-        """Where every layer is recomputed."""
-        return max(1, (self.per_token + self.kept_per_layer) // self.per_copy)
+    copies_per_token: int
 
     def of_pass(self, num_tokens: int, recomputed: int, longest: int | None = None, copies: int = 0) -> int:
         """Of a pass of so many tokens with the activations of `recomputed` layers computed twice. `longest`: tokens of its
@@ -111,6 +109,7 @@ def torch_pass_memory(config: DecoderConfig, element_size: int) -> PassMemory:
         per_key=scores + KERNELS_OF_BLOCK * kernel_bytes // QUERY_BLOCK,
         fixed=chunk + SOFTMAX_ROWS * c.vocab_size * 4 + KERNELS_OF_PASS * kernel_bytes,
         per_copy=(per_token + kept_per_layer) // COPIES_PER_TOKEN,
+        copies_per_token=COPIES_PER_TOKEN,
     )
 
 
@@ -142,6 +141,7 @@ def compiled_pass_memory(config: DecoderConfig, num_threads: int) -> PassMemory:
         per_key=num_threads * (ATTENTION_BYTES_PER_KEY + 8 * c.head_dim),
         fixed=rows * (c.vocab_size * 6 + c.hidden_size * 6),
         per_copy=2 * c.q_size * 2 + 3 * c.kv_size * 2,  # what heads add to a position, and its packed keys and values
+        copies_per_token=COMPILED_COPIES_PER_TOKEN,
     )
 
 

@@ -290,8 +290,11 @@ def _parse_manifest(content: bytes | None, path: str) -> Manifest:
 
 
 def _digest(manifest: Manifest) -> str:
-    """Of everything the manifest says but this."""
-    return hashlib.sha256(manifest.model_copy(update={"digest": ""}).model_dump_json().encode()).hexdigest()
+    """Of everything the manifest says but this. Manifests from before kernels were recorded do not say that they are torch's."""
+    unsaid = {"plan": {"kernels"}} if manifest.plan.kernels == "torch" else None
+    return hashlib.sha256(
+        manifest.model_copy(update={"digest": ""}).model_dump_json(exclude=unsaid).encode()
+    ).hexdigest()
 
 
 def read_checkpoint(folder: Path, path: str, *, optimizer: bool) -> tuple[Manifest, AdapterState]:

@@ -198,7 +198,10 @@ class Scheduler:
                 continue
             for generation in finished:
                 _, future = self._samples.pop((id(backend), generation.request))
-                future.set_result(generation)
+                if generation.error is not None:
+                    future.set_exception(generation.error)
+                else:
+                    future.set_result(generation)
 
     def _fail_samples(self, backend: Backend, error: BaseException) -> None:
         for key in [key for key, (owner, _) in self._samples.items() if owner is backend]:

@@ -51,12 +51,6 @@ def test_what_is_missing_is_named(device: torch.device, dtype: torch.dtype, flag
     assert reason in str(missing(device, dtype, flags))
 
 
-def test_without_numba_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    reason = missing(CPU, torch.bfloat16, FLAGS)
-    assert reason == "numba is not installed: pip install 'mint-toolkit[fast]'"
-
-
 def test_sizes_that_do_not_fit_are_named(capable: Path, tmp_path: Path) -> None:
     config: DecoderConfig = read_config(model(tmp_path / "narrow", head_dim=16, intermediate=80))
     reason = why_not_compiled(config, DEVICE, Settings(capable))
@@ -67,6 +61,14 @@ def test_with_amx_torch_computes_unless_asked_otherwise(capable: Path, monkeypat
     monkeypatch.setattr(compute, "processor_flags", lambda: frozenset(FLAGS | {"amx_bf16"}))
     assert why_not_here(DEVICE, Settings(capable)) == "torch multiplies with amx_bf16, these kernels cannot"
     assert why_not_here(DEVICE, Settings(capable, kernels="compiled")) is None
+    single = replace(DEVICE, dtype=torch.float32)
+    assert str(why_not_here(single, Settings(capable))).startswith("they compute in bfloat16")
+
+
+def test_on_a_capable_machine_the_log_says_why_torch_computes(capable: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "mint"):
+        open_backend(capable, "bfloat16", kernels="torch")
+    assert "compiled kernels are not used: MINT_KERNELS=torch" in caplog.text
 
 
 def test_what_cannot_be_compiled_is_refused_when_asked_for(tmp_path: Path) -> None:

@@ -36,6 +36,7 @@ from mint.engine.kernels.vectors import mask_end
 from mint.engine.sampling.choose import Choice, choose
 
 BLOCK = 64
+LARGEST = 1e38  # what a logit's distance is multiplied with: float32
 
 
 @device
@@ -111,7 +112,7 @@ def _choose(a: Any) -> None:
         store_double(exponentials + 8 * row, block_sums(at, step, highest, float32(1), mine))
         temperature = load_double(options + 16 * row)
         if temperature > 0:
-            factor, uniform = float32(1 / temperature), load_double(options + 16 * row + 8)
+            factor, uniform = float32(min(1 / temperature, LARGEST)), load_double(options + 16 * row + 8)
             store_int(tokens + 8 * row, drawn(at, step, highest, factor, uniform, mine, weights + 4 * BLOCK * part))
         else:
             store_int(tokens + 8 * row, first_largest(at, size, highest))
@@ -130,7 +131,7 @@ def choose_compiled(logits_BV: Tensor, choices: Sequence[Choice]) -> tuple[list[
     scratch, weights = np.empty((threads, -(-step // BLOCK))), np.empty((threads, BLOCK), np.float32)
     _kernel(
         logits_BV.data_ptr(), rows, step, size, options.ctypes.data, scratch.ctypes.data, weights.ctypes.data,
-        most.data_ptr(), sums.ctypes.data, tokens.ctypes.data,
+        most.data_ptr(), sums.ctypes.data, tokens.ctypes.data, threads=threads,
     )  # fmt: skip
     chosen: list[int] = tokens.tolist()
     filtered = [i for i, c in enumerate(choices) if c.temperature > 0 and (c.top_k > 0 or c.top_p < 1)]

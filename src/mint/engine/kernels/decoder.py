@@ -86,9 +86,11 @@ class CompiledDecoder:
             act_TF2=self._get(f"gate_up.{slot}", tokens, 2 * c.intermediate_size),
         )
 
-    def _values(self, row: PackedRow, attention: AttentionTables, *, back: bool) -> tuple[np.ndarray, list[object]]:
+    def _values(
+        self, row: PackedRow, attention: AttentionTables, threads: int, *, back: bool
+    ) -> tuple[np.ndarray, list[object]]:
         """The kernels' numbers but for the layer's, and what they point to."""
-        c, tokens, threads, f32 = self.config, len(row.tokens_T), torch.get_num_threads(), torch.float32
+        c, tokens, f32 = self.config, len(row.tokens_T), torch.float32
         rope = rope_table(c.rope, row.positions_T, f32)
         parts = [
             (s.start, s.end, s.weights, s.gradient.flat_P if s.gradient is not None and back else None)
@@ -121,7 +123,7 @@ class CompiledDecoder:
         scratch(k.BLOCK, "block", threads, block, dtype=torch.uint8)
         scratch(k.INNER, "inner", tokens, c.intermediate_size)
         if back:
-            columns = tokens + (len(parts) + 2) * (GAP + WIDTH)
+            columns = -(-tokens // WIDTH) * WIDTH + (len(parts) + 2) * (GAP + WIDTH)
             values[k.TURNED_STEP] = 2 * columns
             values[k.VALUE_OUT] = values[k.VALUE_IN]
             scratch(k.KEY_IN, "key_in", c.kv_size, positions)
@@ -155,7 +157,8 @@ class CompiledDecoder:
     ) -> Generator[None, None, tuple[Tensor, list[Activations | Tensor]]]:
         tokens, layers = len(row.tokens_T), self.config.num_layers
         self.ws.begin(tokens)
-        values, _held = self._values(row, attention, back=False)
+        threads = torch.get_num_threads()  # of the whole pass, whatever becomes of the setting meanwhile
+        values, _held = self._values(row, attention, threads, back=False)
         kept: list[Activations | Tensor] = []
         x_TD = self._input(tokens, 0, keep=keep)
         torch.index_select(self._embed_VD, 0, row.tokens_T, out=x_TD)
@@ -166,25 +169,26 @@ class CompiledDecoder:
                 kept.append(x_TD if index < recompute else act)
             x_TD = self._input(tokens, index + 1, keep=keep)
             self._set_layer(values, index, act, x_TD)
-            k.forward_kernel.run(values.ctypes.data)
+            k.forward_kernel.run(values.ctypes.data, threads)
             yield
         return x_TD, kept
 
     def backward(
         self, row: PackedRow, attention: AttentionTables, grad_TD: Tensor, kept: list[Activations | Tensor]
     ) -> Generator[None, None, None]:
-        values, _held = self._values(row, attention, back=True)
+        threads = torch.get_num_threads()  # of the whole pass, whatever becomes of the setting meanwhile
+        values, _held = self._values(row, attention, threads, back=True)
         values[k.GRAD] = grad_TD.data_ptr()
         for index in range(self.config.num_layers - 1, -1, -1):
             act = kept[index]
             if isinstance(act, Tensor):
                 act = self._activations(len(grad_TD), act, "shared")
                 self._set_layer(values, index, act, None)
-                k.forward_kernel.run(values.ctypes.data)
+                k.forward_kernel.run(values.ctypes.data, threads)
                 yield
             self._set_layer(values, index, act, None)
             values[k.TO_ATTENTION] = index > 0 or row.adapts(0, QKV, O)
             values[k.TO_INPUT] = index > 0
             if values[k.TO_ATTENTION] or row.adapts(0, GATE_UP, DOWN):
-                back_kernel.run(values.ctypes.data)
+                back_kernel.run(values.ctypes.data, threads)
             yield

@@ -128,9 +128,9 @@ class CompiledHead:
 
     def _back(self, normed_CD: Tensor, grad_CV: Tensor, segment: Segment) -> Tensor:
         """The gradient by normed rows, float32 [C, D]; adds the unembedding adapter's."""
-        rows, size = normed_CD.shape
+        threads, (rows, size) = torch.get_num_threads(), normed_CD.shape
         table, (count, wide, narrow), ranks = self._adapted(rows, segment.weights, segment.gradient)
-        columns = rows + 2 * (GAP + WIDTH)
+        columns = -(-rows // WIDTH) * WIDTH + 2 * (GAP + WIDTH)
         panel = TILE_BLOCKS * BLOCK_BYTES * (rows + WIDTH) + 4 * TILE_BLOCKS * WIDTH * ranks
         half = {"dtype": torch.bfloat16}
         out = self._scratch("grad", rows, size)
@@ -141,6 +141,6 @@ class CompiledHead:
             self._scratch("narrow_back", rows, ranks, **half).data_ptr(), ranks,
             self._scratch("turned", ranks, columns, **half).data_ptr(),
             self._scratch("turned_back", ranks, columns, **half).data_ptr(), 2 * columns,
-            self._scratch("panel", torch.get_num_threads(), panel, dtype=torch.uint8).data_ptr(), panel,
+            self._scratch("panel", threads, panel, dtype=torch.uint8).data_ptr(), panel, threads=threads,
         )  # fmt: skip
         return out

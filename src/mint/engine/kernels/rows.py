@@ -80,7 +80,7 @@ class RowsModel:
             self._scratch("scores", threads, room).data_ptr(), room,
             self._scratch("gate_up", threads, count, 2 * TILE_BLOCKS * WIDTH).data_ptr(),
             self._scratch("hidden", count, c.intermediate_size, dtype=torch.bfloat16).data_ptr(),
-            *low_ranks,
+            *low_ranks, threads=threads,
         )  # fmt: skip
         return x
 

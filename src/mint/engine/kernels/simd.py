@@ -194,9 +194,6 @@ store_double = word(types.void, (_i64, types.float64), store_to)
 load_int = word(_i64, (_i64,), lambda b, address: load_from(b, address, _I64))
 load_scalar = word(_f32, (_i64,), lambda b, address: load_from(b, address, _F32))
 store_half = word(types.void, (_i64, _f32), lambda b, address, x: store_to(b, address, b.fptrunc(x, _BFloat())))
-load_half = word(
-    _f32, (_i64,), lambda b, address: b.bitcast(b.shl(b.zext(load_from(b, address, _I16), _I32), _I32(16)), _F32)
-)
 store_scalar = word(types.void, (_i64, _f32), store_to)
 
 

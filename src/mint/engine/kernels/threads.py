@@ -42,14 +42,14 @@ class Kernel:
     def __init__(self, function: Callable[[Any], None]) -> None:
         self._address = compile_function(function, NOTHING, (NUMBERS,))
 
-    def __call__(self, *numbers: int) -> None:
-        """Returns when all threads are done."""
+    def __call__(self, *numbers: int, threads: int | None = None) -> None:
+        """Returns when all threads are done. `threads`: at most so many, as scratch was made for; by default torch's number."""
         given = (ctypes.c_int64 * len(numbers))(*numbers)
-        self.run(ctypes.addressof(given))
+        self.run(ctypes.addressof(given), torch.get_num_threads() if threads is None else threads)
 
-    def run(self, address: int) -> None:
+    def run(self, address: int, threads: int) -> None:
         """The same with the numbers (int64) at this address."""
-        _parallel(self._address, address, torch.get_num_threads(), 0)
+        _parallel(self._address, address, threads, 0)
 
 
 @device

@@ -15,13 +15,6 @@ from mint.engine.models.linear import Linear
 from mint.engine.models.weights import DecoderWeights
 
 
-def unfit(config: DecoderConfig) -> str | None:
-    """Which of the model's sizes the kernels' registers do not divide; None: all fit."""
-    names = ("hidden_size", "intermediate_size", "head_dim")
-    found = [f"{name} {getattr(config, name)}" for name in names if getattr(config, name) % (2 * WIDTH)]
-    return f"they compute in steps of {2 * WIDTH}, the model has {', '.join(found)}" if found else None
-
-
 class PackedWeights:
     """forward_table: a row for each layer, see tables.py; back_table: the four matrices for backward."""
 

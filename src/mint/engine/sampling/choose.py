@@ -89,13 +89,14 @@ def _invert(weight_BV: Tensor, uniform_B: Tensor) -> Tensor:
     cumulative_BN = blocks_BNW.sum(-1).double().cumsum(-1)
     wanted_B = uniform_B * cumulative_BN[:, -1]
     # the first block, then the first entry in it, above u x total: of weight 0 neither can be
-    block_B = torch.searchsorted(cumulative_BN, wanted_B[:, None], right=True)[:, 0]
+    block_B = torch.searchsorted(cumulative_BN, wanted_B[:, None], right=True)[:, 0].clamp_(max=blocks_BNW.shape[1] - 1)
     before_B = torch.where(block_B > 0, cumulative_BN[rows, block_B - 1], 0.0)
     inside_BW = blocks_BNW[rows, block_B].double().cumsum(-1)
     # the block's sum in float32 may be above that in float64; its last entry with a weight ends it
     wanted_B = torch.minimum(wanted_B - before_B, inside_BW[:, -1].nextafter(torch.zeros_like(wanted_B)))
     place_B = torch.searchsorted(inside_BW, wanted_B[:, None], right=True)[:, 0]
-    return block_B * BLOCK + place_B
+    # where weights are no numbers there is no such place; the row's normaliser says so
+    return (block_B * BLOCK + place_B).clamp_(max=weight_BV.shape[1] - 1)
 
 
 def _filter(weight_V: Tensor, top_k: int, top_p: float) -> None:

@@ -14,6 +14,7 @@ Shape letters: B sequences of a decode step, T rows, D hidden, V vocabulary, K, 
 
 from __future__ import annotations
 
+import math
 from itertools import groupby
 
 import torch
@@ -30,7 +31,7 @@ from mint.engine.sampling.request import Growing, Request, Row, SlabSequence
 from mint.engine.sampling.sequence import new_sequence
 from mint.engine.sampling.slabs import GrowingCaches, slab_capacity
 from mint.engine.sampling.waiting import WaitingRequests
-from mint.errors import ClosedError
+from mint.errors import ClosedError, NumericsError
 
 MAX_SEQUENCES = 64  # growing at once
 PREFILLS_PER_STEP = 4  # prefill passes between two decode steps while sequences grow
@@ -56,6 +57,7 @@ class Sampler:
         self._waiting: WaitingRequests[Request] = WaitingRequests()
         self._prefilling: Prefill | None = None
         self._growing: dict[int, Growing] = {}  # oldest first
+        self._failed: dict[int, NumericsError] = {}  # in the step that is going on
         self._prefixes = PrefixCache(prefix_bytes)
         self._caches = GrowingCaches(config, dtype, device)
         self._max_bytes, self._position_bytes = sequence_bytes, position_bytes(config, dtype)
@@ -111,10 +113,14 @@ class Sampler:
         return self._collect()
 
     def _collect(self) -> list[Generation]:
+        failed = [Generation(number, [], 0, error) for number, error in self._failed.items()]
+        self._failed.clear()
+        for generation in failed:
+            self.cancel(generation.request)
         done = [growing for growing in self._growing.values() if not growing.unfinished()]
         for growing in done:
             del self._growing[growing.request.number]
-        return [growing.generation() for growing in done]
+        return [*failed, *(growing.generation() for growing in done)]
 
     # who may take how much
 
@@ -231,11 +237,22 @@ class Sampler:
         tokens, normaliser_B = self._passes.choose(logits_BV, [sequence.choice() for sequence in sequences])
         logprobs = chosen_logprobs(logits_BV, tokens, normaliser_B, exact)
         for i, (row, sequence) in enumerate(zip(rows, sequences, strict=True)):
+            if not math.isfinite(logprobs[i]):
+                self._failed[row.request.number] = not_finite(row.request)
+                continue
             num_topk = row.request.given.num_topk
             topk = top_logprobs(logits_BV[i : i + 1], num_topk)[0] if num_topk else None
             sequence.extend(tokens[i], logprobs[i], topk)
             if sequence.stop_reason is not None:
                 self._caches.remove(sequence.cache)
+
+
+def not_finite(request: Request) -> NumericsError:
+    who = "the base model" if request.given.adapter is None else "this adapter"
+    return NumericsError(
+        f"sample: {who} gives logits that are not finite numbers for this prompt, so no token can be chosen. "
+        "Sample an earlier checkpoint, and look for a learning rate that is too high"
+    )
 
 
 def chosen_logprobs(

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import ctypes
-import importlib.util
+import importlib.metadata
 from collections.abc import Set
 from typing import Any
 
 import pytest
 import torch
 
-from mint.engine.kernels.available import OPENMP, missing
+from mint.engine.kernels.available import OPENMP, OTHER_CODE, missing
 
 CPU, FLAGS = torch.device("cpu"), frozenset({"avx512_bf16", "avx2"})
 
@@ -30,7 +30,7 @@ class Process:
 @pytest.fixture(autouse=True)
 def all_there(monkeypatch: pytest.MonkeyPatch) -> None:
     """numba and GNU's OpenMP, whether they are here or not."""
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.68.1")
     monkeypatch.setattr(ctypes, "CDLL", lambda path: Process(set(OPENMP)))
 
 
@@ -60,8 +60,25 @@ def test_the_processor_must_report_its_products(flags: set[str]) -> None:
 
 
 def test_without_numba_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "numba" else object())
+    def none(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", none)
     assert missing(CPU, torch.bfloat16, FLAGS) == "numba is not installed: pip install 'mint-toolkit[fast]'"
+
+
+@pytest.mark.parametrize("version", ["0.61.2", "0.67.0rc1"])
+def test_an_older_numba_is_named(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: version)
+    expected = f"numba {version} is installed, they need 0.68: pip install 'mint-toolkit[fast]'"
+    assert missing(CPU, torch.bfloat16, FLAGS) == expected
+
+
+@pytest.mark.parametrize("name", OTHER_CODE)
+def test_code_for_another_processor_is_not_taken(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, "1")
+    expected = f"{name} is set, with which numba compiles for another processor"
+    assert missing(CPU, torch.bfloat16, FLAGS) == expected
 
 
 @pytest.mark.parametrize("name", OPENMP)

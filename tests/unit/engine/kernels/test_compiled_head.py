@@ -13,8 +13,9 @@ from torch import Tensor
 
 from mint.engine.kernels import softmax as k
 from mint.engine.kernels.adapter import pack_adapter
+from mint.engine.kernels.available import unfit
 from mint.engine.kernels.head import CompiledHead
-from mint.engine.kernels.weights import PackedWeights, unfit
+from mint.engine.kernels.weights import PackedWeights
 from mint.engine.lora import UNEMBED_SITE, AdapterGradient, AdapterLayout, Segment, lay_out, module_views
 from mint.engine.models.config import DecoderConfig, decoder_config
 from mint.engine.models.head import Targets

@@ -72,5 +72,5 @@ def test_every_thread_takes_part_and_waits_for_the_others(count: int, uncached: 
 def test_numbers_may_lie_in_memory(uncached: None) -> None:
     kernel, written, sums = Kernel(_meet), np.zeros(1, np.int64), np.zeros(1, np.int64)
     numbers = np.array([written.ctypes.data, sums.ctypes.data, -(2**40)])
-    kernel.run(numbers.ctypes.data)
+    kernel.run(numbers.ctypes.data, 1)
     assert written.tolist() == sums.tolist() == [-(2**40)]
