@@ -22,11 +22,11 @@ $(STAMP): pyproject.toml constraints.txt
 sft: $(STAMP)
 	$(BIN)/mint sft --offline $(SFT_ARGS)
 
-# numbers are tested alone on all cores, as users compute; the rest in processes of one thread each, which do not wait for
-# one another's
+# in processes of one thread each, which do not wait for one another's; what is promised of a whole Service alone on all cores,
+# as users compute
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile --ignore tests/numerics --ignore tests/contract
-	$(BIN)/python -m pytest tests/numerics tests/contract
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile --ignore tests/contract
+	$(BIN)/python -m pytest tests/contract
 
 check: $(STAMP)
 	$(BIN)/ruff check .
