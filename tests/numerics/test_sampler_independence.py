@@ -103,7 +103,7 @@ def test_neighbours_change_no_bit_of_a_wide_model(tiny: Callable[..., Path], wit
 def test_neighbours_change_no_bit_of_the_packaged_model(smollm2: ModelSource, kernels: str) -> None:
     """An odd rank, for which kernels of the low-rank products differ by row count as well."""
     backend, adapter = _backend(smollm2.path, "bfloat16", ODD, kernels)
-    for chosen in (None, adapter) if kernels == "compiled" else (adapter,):  # torch's base: in the other models
+    for chosen in (None, adapter):
         alone = _among(backend, chosen, 0)
         for num_others in (1, 7, 40):
             _assert_bit_equal([_among(backend, chosen, num_others)], [alone])
