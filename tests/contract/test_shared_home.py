@@ -6,7 +6,8 @@ import contextlib
 import itertools
 import os
 import shutil
-from collections.abc import Callable
+import subprocess
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -39,10 +40,18 @@ WRITER = f"""
 """
 
 
+@pytest.fixture
+def writers(tiny_model: str) -> Iterator[list[subprocess.Popen[str]]]:
+    """Two processes of WRITER; a test that fails waits for them, too."""
+    with contextlib.ExitStack() as running:
+        yield [
+            running.enter_context(start_child(WRITER, tiny_model, str(seed), MINT_DTYPE="float32")) for seed in (0, 1)
+        ]
+
+
 def test_two_processes_train_and_save_while_a_third_lists_loads_and_deletes(
-    world: Embedded, tiny_model: str, caplog: pytest.LogCaptureFixture
+    world: Embedded, writers: list[subprocess.Popen[str]], caplog: pytest.LogCaptureFixture
 ) -> None:
-    writers = [start_child(WRITER, tiny_model, str(seed), MINT_DTYPE="float32") for seed in (0, 1)]
     runs = [writer.stdout.readline().strip() for writer in writers if writer.stdout]
     rest = world.rest()
     latest = [f"tinker://{run}/weights/latest" for run in runs]
@@ -148,13 +157,15 @@ def test_two_processes_may_delete_the_same(
     assert list(folder.parent.iterdir()) == []
 
 
+@pytest.mark.parametrize(("module", "name"), [(checkpoints, "_signed"), (os, "fsync"), (os, "replace")])
 def test_an_expiry_is_set_for_the_checkpoint_that_another_process_has_just_replaced(
-    world: Embedded, run: mint.TrainingClient, mint_home: Path, monkeypatch: pytest.MonkeyPatch
+    world: Embedded, run: mint.TrainingClient, mint_home: Path, monkeypatch: pytest.MonkeyPatch, module: Any, name: str
 ) -> None:
+    """Whether the manifest it changes was only read by then, or the new one written, or flushed."""
     path = run.save_state("a").result(GUARD).path
     folder, expires = checkpoint_folder(mint_home, path), datetime(2100, 1, 1, tzinfo=UTC)
     train(run, 1)
-    meanwhile(monkeypatch, os, "fsync", lambda: run.save_state("a", overwrite=True).result(GUARD) and None)
+    meanwhile(monkeypatch, module, name, lambda: run.save_state("a", overwrite=True).result(GUARD) and None)
     checkpoints.write_expiry(folder, path, expires)
     assert world.rest().list_checkpoints(run.model_id).result().checkpoints[0].expires_at == expires
     assert len(list(folder.iterdir())) == 4 and [p.name for p in folder.parent.iterdir()] == ["a"]

@@ -21,7 +21,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
@@ -120,32 +120,35 @@ def _write_files(fresh: Path, manifest: Manifest, state: AdapterState) -> None:
     if manifest.checkpoint_type == "training":
         moments = {"exp_avg": state.exp_avg, "exp_avg_sq": state.exp_avg_sq}
         write(OPTIMIZER, save({f"{kind}.{k}": v for kind, part in moments.items() for k, v in part.items()}))
-    _write_manifest(fresh / MANIFEST, manifest.model_copy(update={"sha256": sums}))
+    (fresh / MANIFEST).write_bytes(_signed(manifest.model_copy(update={"sha256": sums})))
     for path in fresh.iterdir():
         flush(path)
     flush(fresh)
 
 
-def _write_manifest(file: Path, manifest: Manifest) -> None:
-    signed = manifest.model_copy(update={"digest": _digest(manifest)})
-    file.write_text(signed.model_dump_json(indent=2), encoding="utf-8")
+def _signed(manifest: Manifest) -> bytes:
+    return manifest.model_copy(update={"digest": _digest(manifest)}).model_dump_json(indent=2).encode()
 
 
 def write_expiry(folder: Path, path: str, expires_at: datetime | None) -> None:
     """Replace the manifest alone, atomically. Raises as `read_manifest` does."""
-    _unchanging(folder, lambda place: _write_expiry(place, path, expires_at))
+    _unchanging(folder, path, lambda opened: _write_expiry(opened, path, expires_at))
 
 
-def _write_expiry(place: Path, path: str, expires_at: datetime | None) -> None:
-    manifest = _read_manifest(place, path)
-    fresh = place / f".new-{uuid.uuid4().hex}"  # goes where the folder goes, if another process replaces or deletes it
+def _write_expiry(opened: int, path: str, expires_at: datetime | None) -> None:
+    manifest = _read_manifest(opened, path).model_copy(update={"expires_at": expires_at})
+    fresh = f".new-{uuid.uuid4().hex}"
     try:
-        _write_manifest(fresh, manifest.model_copy(update={"expires_at": expires_at}))
-        flush(fresh)
-        fresh.replace(place / MANIFEST)
-        flush(place)
+        descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666, dir_fd=opened)
+        with open(descriptor, "wb") as file:
+            file.write(_signed(manifest))
+            file.flush()
+            os.fsync(descriptor)
+        os.replace(fresh, MANIFEST, src_dir_fd=opened, dst_dir_fd=opened)
+        os.fsync(opened)
     finally:
-        fresh.unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(fresh, dir_fd=opened)
 
 
 def _replace(folder: Path, fresh: Path) -> None:
@@ -219,17 +222,33 @@ def delete_checkpoint(folder: Path, path: str) -> None:
         _remove(place)
 
 
-def _unchanging(folder: Path, read: Callable[[Path], T]) -> T:
-    """What `read` makes of the checkpoint's files, read again where a save replaced them meanwhile."""
+def _unchanging(folder: Path, path: str, read: Callable[[int], T]) -> T:
+    """What `read` makes of the checkpoint's open folder, read again where a save replaced them meanwhile."""
     for _ in range(100):  # each a moment; a process that saves without a pause cannot keep up
         place = locate(folder)
         before = _stamp(place)
         try:
-            return read(place)
+            with _opened(place, path) as opened:
+                return read(opened)
         except (CheckpointError, CheckpointNotFoundError, FileNotFoundError):
             if locate(folder) == place and _stamp(place) == before:
                 raise
-    return read(locate(folder))
+    with _opened(locate(folder), path) as opened:
+        return read(opened)
+
+
+@contextlib.contextmanager
+def _opened(place: Path, path: str) -> Iterator[int]:
+    """A descriptor of the folder itself, whatever another process gives its name to meanwhile: files reached through it
+    are of one save, some of them gone if that save was replaced."""
+    try:
+        descriptor = os.open(place, os.O_RDONLY | os.O_DIRECTORY)
+    except (FileNotFoundError, NotADirectoryError):
+        raise _not_found(path) from None
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
 
 
 def _stamp(place: Path) -> tuple[int, int] | None:
@@ -242,29 +261,31 @@ def _stamp(place: Path) -> tuple[int, int] | None:
 
 def read_manifest(folder: Path, path: str) -> Manifest:
     """Raises CheckpointNotFoundError, or CheckpointError on one that MinT did not write or that is damaged."""
-    return _unchanging(folder, lambda place: _read_manifest(place, path))
+    return _unchanging(folder, path, lambda opened: _read_manifest(opened, path))
 
 
-def _contents(place: Path, names: Sequence[str]) -> dict[str, bytes]:
-    """Of those files that are there. All are opened before the first is read: a save that replaces the folder meanwhile
+def _contents(opened: int, names: Sequence[str]) -> dict[str, bytes]:
+    """Of those files that are there. All are opened before the first is read: a save that removes the folder meanwhile
     takes nothing away."""
     with contextlib.ExitStack() as stack:
         files = {}
         for name in names:
-            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-                files[name] = stack.enter_context((place / name).open("rb"))
+            with contextlib.suppress(FileNotFoundError):
+                files[name] = stack.enter_context(open(os.open(name, os.O_RDONLY, dir_fd=opened), "rb"))
         return {name: file.read() for name, file in files.items()}
 
 
-def _read_manifest(place: Path, path: str) -> Manifest:
-    return _parse_manifest(_contents(place, [MANIFEST]).get(MANIFEST), path)
+def _read_manifest(opened: int, path: str) -> Manifest:
+    return _parse_manifest(_contents(opened, [MANIFEST]).get(MANIFEST), path)
+
+
+def _not_found(path: str) -> CheckpointNotFoundError:
+    return CheckpointNotFoundError(f"no checkpoint {path}; list what there is with RestClient.list_user_checkpoints()")
 
 
 def _parse_manifest(content: bytes | None, path: str) -> Manifest:
     if content is None:
-        raise CheckpointNotFoundError(
-            f"no checkpoint {path}; list what there is with RestClient.list_user_checkpoints()"
-        )
+        raise _not_found(path)
     try:
         raw = json.loads(content)
         number = raw["format"]
@@ -299,12 +320,12 @@ def _digest(manifest: Manifest) -> str:
 
 def read_checkpoint(folder: Path, path: str, *, optimizer: bool) -> tuple[Manifest, AdapterState]:
     """Every file is compared with its recorded SHA-256 before it is used."""
-    return _unchanging(folder, lambda place: _read_checkpoint(place, path, optimizer=optimizer))
+    return _unchanging(folder, path, lambda opened: _read_checkpoint(opened, path, optimizer=optimizer))
 
 
-def _read_checkpoint(place: Path, path: str, *, optimizer: bool) -> tuple[Manifest, AdapterState]:
+def _read_checkpoint(opened: int, path: str, *, optimizer: bool) -> tuple[Manifest, AdapterState]:
     names = [ADAPTER, ADAPTER_CONFIG, *([OPTIMIZER] if optimizer else [])]
-    contents = _contents(place, [MANIFEST, *names])
+    contents = _contents(opened, [MANIFEST, *names])
     manifest = _parse_manifest(contents.get(MANIFEST), path)
     if optimizer and manifest.checkpoint_type != "training":
         raise CheckpointError(
@@ -330,17 +351,17 @@ def _strip(tensors: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarr
 
 def describe(folder: Path, path: str) -> Checkpoint:
     """Raises as `read_manifest` does."""
-    return _unchanging(folder, lambda place: _describe(place, path))
+    return _unchanging(folder, path, lambda opened: _describe(opened, path))
 
 
-def _describe(place: Path, path: str) -> Checkpoint:
-    manifest = _read_manifest(place, path)
+def _describe(opened: int, path: str) -> Checkpoint:
+    manifest = _read_manifest(opened, path)
     return Checkpoint(
         checkpoint_id=ParsedCheckpointTinkerPath.from_tinker_path(path).checkpoint_id,
         checkpoint_type=manifest.checkpoint_type,
         time=manifest.time,
         tinker_path=path,
-        size_bytes=sum(file.stat().st_size for file in place.glob("[!.]*")),
+        size_bytes=sum(os.stat(name, dir_fd=opened).st_size for name in os.listdir(opened) if name[0] != "."),
         user_metadata=manifest.user_metadata,
         expires_at=manifest.expires_at,
     )
