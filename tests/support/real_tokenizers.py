@@ -95,9 +95,10 @@ def _build_qwen(qwen: _Qwen) -> Any:
     merges = [(shown[left], shown[right]) for left, right in _merges(ranks)]
     backend = Tokenizer(models.BPE({shown[token]: rank for token, rank in ranks.items()}, merges))
     backend.normalizer = normalizers.NFC()
-    word = qwen.letters
+    letters = qwen.letters
+    letter = letters if letters == r"\p{L}" else f"[{letters}]"
     split = (
-        rf"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?[{word}]+|\p{{N}}| ?[^\s{word}\p{{N}}]+[\r\n]*"
+        rf"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?{letter}+|\p{{N}}| ?[^\s{letters}\p{{N}}]+[\r\n]*"
         r"|\s*[\r\n]+|\s+(?!\S)|\s+"
     )
     backend.pre_tokenizer = pre_tokenizers.Sequence(

@@ -5,11 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, Protocol
+from typing import Any, Protocol
 
 from mint.chat.marks import BREAK
-
-_TOGETHER: Final = 32  # texts from which on they are encoded on all cores
+from mint.chat.words import Words, are_words_apart, encode_whole
 
 
 class AddedToken(Protocol):
@@ -49,6 +48,7 @@ class Encoder:
     control_ids: text and id of every control token: an added token that is special or that the template writes.
     pattern: finds control tokens in text; its one group keeps them when it splits. firsts: the characters they begin with.
     adds_blank: the tokenizer writes a blank before text that it takes for the start of something.
+    words: remembers words' ids, where the tokenizer encodes them apart.
     """
 
     tokenizer: Tokenizer
@@ -56,6 +56,7 @@ class Encoder:
     pattern: re.Pattern[str]
     firsts: frozenset[str]
     adds_blank: bool
+    words: Words | None
 
     def find_control(self, text: str) -> re.Match[str] | None:
         """The first control token's text in `text`."""
@@ -118,10 +119,7 @@ class Encoder:
         """
         if self.tokenizer.is_fast and not self.adds_blank and not any(BREAK in text for text in texts):
             backend = without_leftovers(self.tokenizer.backend_tokenizer)  # type: ignore[attr-defined]
-            # handing a few texts to other threads costs more than it saves, and disturbs those that train
-            batches = [list(texts)] if len(texts) >= _TOGETHER else [[text] for text in texts]
-            encode = backend.encode_batch_fast
-            return [made.ids for batch in batches for made in encode(batch, add_special_tokens=False)]
+            return self.words.encode(backend, texts) if self.words else encode_whole(backend, texts)
         encoded = []
         context = ""
         for text in texts:
@@ -196,4 +194,6 @@ def make_encoder(tokenizer: Tokenizer, template: str) -> Encoder:
     pattern = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")" if longest_first else "((?!))")
     alone, line_end, after = (tokenizer.encode(t, add_special_tokens=False, verbose=False) for t in ("a", "\n", "\na"))
     firsts = frozenset(text[0] for text in control_ids)
-    return Encoder(tokenizer, control_ids, pattern, firsts, adds_blank=after != [*line_end, *alone])
+    apart = tokenizer.is_fast and are_words_apart(tokenizer.backend_tokenizer)  # type: ignore[attr-defined]
+    adds_blank = after != [*line_end, *alone]
+    return Encoder(tokenizer, control_ids, pattern, firsts, adds_blank, Words() if apart and not adds_blank else None)

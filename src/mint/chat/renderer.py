@@ -164,7 +164,7 @@ def as_renderer(tokenizer: Tokenizer | Renderer) -> Renderer:
 def get_renderer(tokenizer: Tokenizer, *, thinking: bool = False, date: str | None = None) -> Renderer:
     """The renderer of a tokenizer's chat template. A template is examined when its renderer is made (some 10 ms).
 
-    tokenizer: a transformers tokenizer with a chat template.
+    tokenizer: a transformers tokenizer with a chat template, in its final state; tokens added later need a new renderer.
     thinking: for templates with thoughts (Qwen3, GLM-4.5 ...). False: where the template has the switch, prompts say that
         there is no thought, which fits data without thoughts. True: the model writes its own thought; a thought in an answer
         is trained, and where an answer has none the template's empty block is put in, untrained.

@@ -11,10 +11,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
+from tests.support.tiny_models import QWEN_SPLIT
+
 TEMPLATES = Path(__file__).parents[2] / "fixtures" / "chat_templates"
 
 # the Qwen split: whitespace up to and including newlines is one piece, so byte pairs merge across line ends
-SPLIT = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 CORPUS = [
     "system user assistant\n\nYou are a helpful assistant.\n\nCutting Knowledge Date: December 2023\nToday Date:\n\n",
     "Hello there! How can I help you today?\n\n1. one\n2. two\n\n\n<think>\n\n</think>\n\n <|im_start|> <|im_end|>",
@@ -132,7 +133,7 @@ def _trained_bpe() -> str:
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(SPLIT), "isolated"),
+            pre_tokenizers.Split(Regex(QWEN_SPLIT), "isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
