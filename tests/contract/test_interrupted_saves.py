@@ -303,25 +303,25 @@ def test_a_checkpoint_that_is_replaced_while_it_is_read_is_the_old_or_the_new_on
     folder = checkpoint_folder(mint_home, path)
     old = (folder / "adapter_model.safetensors").read_bytes()
     train(run, 1)
-    plain, found = Path.open, []
+    plain, found = os.open, []
 
-    def then_replace(self: Path, *arguments: Any, **options: Any) -> Any:
-        file = plain(self, *arguments, **options)
-        if self.name == opened and arguments == ("rb",):
-            monkeypatch.setattr(Path, "open", plain)
+    def then_replace(name: Any, *arguments: Any, **options: Any) -> int:
+        descriptor = plain(name, *arguments, **options)
+        if name == opened:
+            monkeypatch.setattr(os, "open", plain)
             run.save_state("a", overwrite=True).result(GUARD)
-        return file
+        return descriptor
 
     def keep(content: bytes) -> Any:
         found.append(content)
         return load(content)
 
     monkeypatch.setattr(checkpoints, "load", keep)
-    monkeypatch.setattr(Path, "open", then_replace)
+    monkeypatch.setattr(os, "open", then_replace)
     world.rest().get_weights_info_by_tinker_path(path).result(GUARD)
     new = (folder / "adapter_model.safetensors").read_bytes()
-    # a manifest and weights of two saves do not fit, and both are read anew; what is open is held
-    assert old != new and found == [new if opened == "manifest.json" else old]
+    # what was not open yet is gone with the old save, and all is read anew; what is open is held
+    assert old != new and found == [old if opened == "adapter_config.json" else new]
 
 
 def test_a_delete_that_is_killed_does_not_bring_an_older_one_back(

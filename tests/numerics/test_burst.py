@@ -21,7 +21,7 @@ from mint.engine.device import memory_limit
 from mint.engine.hf.backend import HfBackend
 from mint.engine.sampling import sampler
 from mint.engine.sampling.cache import position_bytes, prompt_capacity
-from mint.engine.sampling.kernels import PREFILL_CHUNK
+from mint.engine.sampling.grouping import PREFILL_CHUNK
 from mint.engine.sampling.sampler import MAX_SEQUENCES, PREFILLS_PER_STEP
 from mint.engine.sampling.slabs import STEP, slab_capacity
 from mint.engine.sampling.torch_passes import TorchPasses

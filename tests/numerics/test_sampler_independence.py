@@ -15,9 +15,9 @@ from mint import types
 from mint.engine.decoder_backend import DecoderBackend
 from mint.engine.models.attention import attend
 from mint.engine.models.weights import read_config
-from mint.engine.sampling import kernels, torch_passes
+from mint.engine.sampling import grouping, torch_passes
 from mint.engine.sampling.cache import PrefixCache
-from mint.engine.sampling.kernels import Kernels, positions_are_independent
+from mint.engine.sampling.grouping import Grouping, positions_are_independent
 from mint.engine.workspace import Workspace
 from mint.hub import ModelSource
 from mint.types.results import SampledSequence
@@ -253,8 +253,8 @@ def test_prompts_cut_anywhere_fill_every_pass(
 def test_where_kernels_forbid_it_prompts_are_not_cut_anywhere(
     tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, packs: bool
 ) -> None:
-    found = Kernels(32, 4, 32, 32 if packs else 1, packs, False, False)
-    monkeypatch.setattr(torch_passes, "examine_kernels", lambda *_, **__: found)
+    found = Grouping(32, 4, 32, 32 if packs else 1, packs, False, False)
+    monkeypatch.setattr(torch_passes, "find_grouping", lambda *_, **__: found)
     backend, adapter = _backend(tiny("llama", context=1024), "bfloat16", kernels="torch")
     beginning = random_prompt(270, seed=9)
     requests = [request([*beginning, *random_prompt(20, seed=i)], adapter=adapter, seed=i) for i in range(4)]
@@ -278,7 +278,7 @@ def test_whether_positions_are_independent_is_found_out(
         if q.shape[2] == 41:
             out[-1, -1, -1, -1] *= 1.01
 
-    monkeypatch.setattr(kernels, "attend", other_bits)
+    monkeypatch.setattr(grouping, "attend", other_bits)
     assert not positions_are_independent(config, torch.bfloat16, torch.device("cpu"))
 
 

@@ -6,7 +6,6 @@ float32, over the blocks in float64.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,11 +18,9 @@ from mint.engine.kernels.compiling import device
 from mint.engine.kernels.simd import (
     WIDTH,
     exp,
-    largest,
     load,
     load_double,
     load_scalar,
-    maximum,
     splat,
     store,
     store_double,
@@ -32,7 +29,7 @@ from mint.engine.kernels.simd import (
     zeros,
 )
 from mint.engine.kernels.threads import Kernel, share_of, thread_count, thread_number
-from mint.engine.kernels.vectors import mask_end
+from mint.engine.kernels.vectors import masked_largest
 from mint.engine.sampling.choose import Choice, choose
 
 BLOCK = 64
@@ -103,11 +100,7 @@ def _choose(a: Any) -> None:
     blocks = (step + BLOCK - 1) // BLOCK
     for row in range(first, end):
         at = logits + 4 * step * row
-        mask_end(at, size, step, float32(-math.inf))
-        best = splat(float32(-math.inf))
-        for i in range(0, step, WIDTH):
-            best = maximum(best, load(at + 4 * i))
-        highest, mine = largest(best), sums + 8 * blocks * part
+        highest, mine = masked_largest(at, size, step), sums + 8 * blocks * part
         store_double(most + 8 * row, highest)
         store_double(exponentials + 8 * row, block_sums(at, step, highest, float32(1), mine))
         temperature = load_double(options + 16 * row)

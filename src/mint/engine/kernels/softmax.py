@@ -3,7 +3,6 @@ to a multiple of 16 in memory), P (row, target) pairs."""
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from numba import float32
@@ -23,11 +22,9 @@ from mint.engine.kernels.products import TILE_BLOCKS, multiply
 from mint.engine.kernels.simd import (
     WIDTH,
     exp,
-    largest,
     load,
     load_int,
     load_scalar,
-    maximum,
     splat,
     store,
     store_scalar,
@@ -36,7 +33,7 @@ from mint.engine.kernels.simd import (
 )
 from mint.engine.kernels.tables import INT
 from mint.engine.kernels.threads import Kernel, share_of, thread_count, thread_number, wait_for_others
-from mint.engine.kernels.vectors import mask_end, norm_to_bf16, to_bf16
+from mint.engine.kernels.vectors import masked_largest, norm_to_bf16, to_bf16
 
 SUM_BLOCK = 64  # values of a row that are summed in float32; the sums of blocks are added in float64
 
@@ -86,12 +83,9 @@ def _statistics(a: Any) -> None:
     first, end = share_of(rows, thread_number(), thread_count(), 1)
     for row in range(first, end):
         at = logits + 4 * step * row
-        mask_end(at, size, step, float32(-math.inf))
-        best = splat(float32(-math.inf))
-        for i in range(0, step, WIDTH):
-            best = maximum(best, load(at + 4 * i))
-        store_scalar(most + 4 * row, largest(best))
-        store_scalar(sums + 4 * row, sum_of_exponentials(at, step, largest(best)))
+        highest = masked_largest(at, size, step)
+        store_scalar(most + 4 * row, highest)
+        store_scalar(sums + 4 * row, sum_of_exponentials(at, step, highest))
 
 
 @device

@@ -223,13 +223,19 @@ def mask_end(scores: int, seen: int, size: int, value: float) -> None:
 
 
 @device
-def softmax(scores: int, seen: int, size: int, scale: float) -> float:
-    """e^(scale (score - largest)) in place, 0 from `seen` on; 1 / their sum. The size is a multiple of 16."""
+def masked_largest(scores: int, seen: int, size: int) -> float:
+    """The largest of the first `seen` float32 values; the others become -inf. The size is a multiple of 16."""
     mask_end(scores, seen, size, float32(-math.inf))
     best = splat(float32(-math.inf))
     for i in range(0, size, WIDTH):
         best = maximum(best, load(scores + 4 * i))
-    highest, factor, sums = splat(largest(best)), splat(scale), zeros()
+    return largest(best)
+
+
+@device
+def softmax(scores: int, seen: int, size: int, scale: float) -> float:
+    """e^(scale (score - largest)) in place, 0 from `seen` on; 1 / their sum. The size is a multiple of 16."""
+    highest, factor, sums = splat(masked_largest(scores, seen, size)), splat(scale), zeros()
     for i in range(0, size, WIDTH):
         value = exp((load(scores + 4 * i) - highest) * factor)
         store(scores + 4 * i, value)

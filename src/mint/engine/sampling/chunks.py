@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mint.engine.sampling.cache import SequenceCache
-from mint.engine.sampling.kernels import PREFILL_CHUNK, Kernels
+from mint.engine.sampling.grouping import PREFILL_CHUNK, Grouping
 from mint.engine.sampling.request import Request
 
 
@@ -44,15 +44,15 @@ class Chunk:
         return self.end == len(self.request.given.prompt)
 
 
-def chunk_end(chunks: Sequence[Chunk], request: Request, start: int, kernels: Kernels) -> int:
+def chunk_end(chunks: Sequence[Chunk], request: Request, start: int, grouping: Grouping) -> int:
     """How far beyond `start` the prompt gets in the pass of these chunks; `start` where there is no room for it."""
     length = min(len(request.given.prompt) - start, PREFILL_CHUNK)
-    if chunks and not kernels.packs_prompts:
+    if chunks and not grouping.packs_prompts:
         return start
-    free = _free_rows(chunks, request.adapter_order, kernels.prefill_row_step)
+    free = _free_rows(chunks, request.adapter_order, grouping.prefill_row_step)
     if length <= free:
         return start + length
-    return start + free if kernels.cuts_prompts else start
+    return start + free if grouping.cuts_prompts else start
 
 
 def _free_rows(chunks: Sequence[Chunk], adapter_order: int, step: int) -> int:

@@ -13,12 +13,12 @@ from mint.engine.kernels.rows import CacheRow, RowsModel
 from mint.engine.lora import AnyAdapter
 from mint.engine.sampling.choose import Choice
 from mint.engine.sampling.chunks import Chunk
-from mint.engine.sampling.kernels import Kernels
+from mint.engine.sampling.grouping import Grouping
 from mint.engine.sampling.passes import ExactLogits
 from mint.engine.sampling.request import Request, Row
 
 # rows of a decode step: as many as there are sequences at most
-COMPILED = Kernels(
+COMPILED = Grouping(
     row_multiple=1,
     min_rows=1,
     max_rows=64,
@@ -32,7 +32,7 @@ COMPILED = Kernels(
 class CompiledPasses:
     """See `Passes`."""
 
-    kernels = COMPILED
+    grouping = COMPILED
 
     def __init__(self, model: RowsModel) -> None:
         self._model = model

@@ -14,7 +14,7 @@ from torch import Tensor
 from mint.engine.models.config import DecoderConfig
 from mint.engine.sampling.choose import Choice
 from mint.engine.sampling.chunks import Chunk
-from mint.engine.sampling.kernels import Kernels
+from mint.engine.sampling.grouping import Grouping
 from mint.engine.sampling.request import Row
 
 ExactLogits = Callable[[Tensor], Tensor]  # of one token for each row, [B] -> [B] float32
@@ -28,7 +28,7 @@ class Passes(Protocol):
     device: torch.device
 
     @property
-    def kernels(self) -> Kernels:
+    def grouping(self) -> Grouping:
         """What may be computed at once. The first call may prepare weights: whoever only trains needs nothing of it."""
         ...
 

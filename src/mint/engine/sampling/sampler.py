@@ -25,7 +25,7 @@ from mint.engine.lora import AnyAdapter
 from mint.engine.sampling.cache import PrefixCache, SequenceCache, position_bytes, prompt_capacity
 from mint.engine.sampling.choose import top_logprobs
 from mint.engine.sampling.chunks import Chunk, Prefill, chunk_end, shared_beginning
-from mint.engine.sampling.kernels import Kernels
+from mint.engine.sampling.grouping import Grouping
 from mint.engine.sampling.passes import ExactLogits, Passes
 from mint.engine.sampling.request import Growing, Request, Row, SlabSequence
 from mint.engine.sampling.sequence import new_sequence
@@ -65,8 +65,8 @@ class Sampler:
         self._next = 0
 
     @property
-    def _kernels(self) -> Kernels:
-        return self._passes.kernels
+    def _grouping(self) -> Grouping:
+        return self._passes.grouping
 
     @property
     def num_requests(self) -> int:
@@ -152,19 +152,19 @@ class Sampler:
         if (begun := self._prefilling) is not None:
             num_growing += begun.request.given.num_samples
             start = begun.cache.length
-            chunks.append(Chunk(begun, start, chunk_end((), begun.request, start, self._kernels)))
+            chunks.append(Chunk(begun, start, chunk_end((), begun.request, start, self._grouping)))
         while self._waiting and (not chunks or chunks[-1].is_last):  # one prompt at most stays begun
             request = self._waiting.first()
             given, cost = request.given, self._cost(request.given)
             if num_growing and (num_growing + given.num_samples > MAX_SEQUENCES or cost > room):
                 break  # but one alone always may
-            known = self._prefixes.find(given.adapter, given.prompt, self._kernels.prefix_block)
-            start, source = len(known) * self._kernels.prefix_block, None
-            if self._kernels.cuts_prompts:
+            known = self._prefixes.find(given.adapter, given.prompt, self._grouping.prefix_block)
+            start, source = len(known) * self._grouping.prefix_block, None
+            if self._grouping.cuts_prompts:
                 shared, cache = shared_beginning(chunks, request)
                 if shared > start:
                     start, source = shared, cache
-            end = chunk_end(chunks, request, start, self._kernels)
+            end = chunk_end(chunks, request, start, self._grouping)
             if end == start:
                 break
             self._waiting.take_first()
@@ -177,20 +177,20 @@ class Sampler:
         return sorted(chunks, key=lambda chunk: chunk.request.adapter_order)
 
     def _rows(self, pairs: list[tuple[Request, SlabSequence]]) -> list[list[Row]]:
-        """Steps of at most self._kernels.max_rows rows. Rows of one adapter lie together and are padded by themselves."""
+        """Steps of at most self._grouping.max_rows rows. Rows of one adapter lie together and are padded by themselves."""
         steps: list[list[Row]] = []
         # of one adapter in the order of their slots: a step that cannot take all then takes neighbours
         ordered = sorted(pairs, key=lambda p: (p[0].adapter_order, p[1].cache.slab.capacity, p[1].cache.slot))
         for _, group in groupby(ordered, key=lambda pair: pair[0].adapter_order):
             members = [Row(*pair) for pair in group]
-            for first in range(0, len(members), self._kernels.max_rows):
-                rows = members[first : first + self._kernels.max_rows]
-                rows += [Row(rows[0].request, None)] * (-len(rows) % self._kernels.row_multiple)
-                if not steps or len(steps[-1]) + len(rows) > self._kernels.max_rows:
+            for first in range(0, len(members), self._grouping.max_rows):
+                rows = members[first : first + self._grouping.max_rows]
+                rows += [Row(rows[0].request, None)] * (-len(rows) % self._grouping.row_multiple)
+                if not steps or len(steps[-1]) + len(rows) > self._grouping.max_rows:
                     steps.append([])
                 steps[-1] += rows
         for step in steps:
-            step += [Row(step[-1].request, None)] * (self._kernels.min_rows - len(step))
+            step += [Row(step[-1].request, None)] * (self._grouping.min_rows - len(step))
         return steps
 
     # passes
@@ -209,7 +209,7 @@ class Sampler:
         """What a pass has computed of a prompt: for others with the same prefix, and for its sequences or next chunk."""
         prefill, given = chunk.prefill, chunk.request.given
         prefill.cache.length = chunk.end
-        self._prefixes.put(given.adapter, given.prompt[: chunk.end], self._kernels.prefix_block, prefill.cache.kv)
+        self._prefixes.put(given.adapter, given.prompt[: chunk.end], self._grouping.prefix_block, prefill.cache.kv)
         if not chunk.is_last:
             self._prefilling = prefill
             return

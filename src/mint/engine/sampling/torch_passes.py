@@ -15,7 +15,7 @@ from mint.engine.models.decoder import Attention, Decoder, PackedRow
 from mint.engine.models.head import Head
 from mint.engine.sampling.choose import Choice, choose
 from mint.engine.sampling.chunks import Chunk
-from mint.engine.sampling.kernels import Kernels, examine_kernels
+from mint.engine.sampling.grouping import Grouping, find_grouping
 from mint.engine.sampling.passes import ExactLogits
 from mint.engine.sampling.request import Row, row_segments
 from mint.engine.sampling.slabs import Place, SlabAttention
@@ -30,9 +30,9 @@ class TorchPasses:
         self.config, self.dtype, self.device = decoder.config, decoder.dtype, decoder.device
 
     @cached_property
-    def kernels(self) -> Kernels:
+    def grouping(self) -> Grouping:
         self._decoder.weights.pack()
-        return examine_kernels(self._decoder, batch_invariant=self._batch_invariant)
+        return find_grouping(self._decoder, batch_invariant=self._batch_invariant)
 
     def _forward(
         self, tokens: list[int], positions: list[int], segments: list[Segment], attention: Attention
@@ -48,7 +48,7 @@ class TorchPasses:
                 return final_TD
 
     def prefill(self, chunks: Sequence[Chunk]) -> Tensor:
-        decoder, step = self._decoder, self.kernels.prefill_row_step
+        decoder, step = self._decoder, self.grouping.prefill_row_step
         tokens: list[int] = []
         positions: list[int] = []
         segments: list[Segment] = []
@@ -84,7 +84,7 @@ class TorchPasses:
         for i, row in enumerate(rows):
             if row.sequence is not None:
                 place = row.sequence.cache
-                key = place.slab.capacity if self.kernels.attends_together else i
+                key = place.slab.capacity if self.grouping.attends_together else i
                 by_slab.setdefault(key, []).append((i, place))
         parts: list[SlabAttention] = []
 

@@ -23,7 +23,7 @@ PREFIX_BLOCK = 16  # positions; prompts share whole blocks of known beginnings
 
 
 @dataclass(frozen=True, slots=True)
-class Kernels:
+class Grouping:
     """What may be done at once without changing a sequence's bits.
 
     row_multiple: each adapter's rows of a decode step are filled up to a multiple of it; min_rows: and the step's to so
@@ -45,12 +45,12 @@ class Kernels:
         return PREFIX_BLOCK if self.cuts_prompts else PREFILL_CHUNK
 
 
-def examine_kernels(decoder: Decoder, *, batch_invariant: bool) -> Kernels:
+def find_grouping(decoder: Decoder, *, batch_invariant: bool) -> Grouping:
     """float32 promises a tolerance, not bits, and its kernels differ with the number of rows: so everything at once, or
     with `batch_invariant` nothing. Its prompts are not cut anywhere: a request that is repeated alone repeats its bits."""
     if decoder.dtype == torch.float32:
         together = not batch_invariant
-        return Kernels(
+        return Grouping(
             1 if together else MAX_ROWS, 1, MAX_ROWS, ROW_STEP if together else 1, together, cuts_prompts=False,
             attends_together=together,
         )  # fmt: skip
@@ -58,7 +58,7 @@ def examine_kernels(decoder: Decoder, *, batch_invariant: bool) -> Kernels:
     pairs_agree = rows_are_independent(decoder, range(2, MAX_ROWS + 1, 2))
     packs_prompts = rows_are_independent(decoder, range(ROW_STEP, PREFILL_CHUNK + 1, ROW_STEP))
     kind = decoder.dtype, decoder.device
-    return Kernels(
+    return Grouping(
         2 if pairs_agree else MAX_ROWS,
         BF16_MIN_ROWS,
         MAX_ROWS,
