@@ -11,13 +11,14 @@ from numba import float32
 from mint.engine.kernels.compiling import INT64, NOTHING, device, exported
 from mint.engine.kernels.packing import (
     BLOCK_BYTES,
+    add_transposed,
     pack_bf16_input_rows,
     pack_input_rows,
     pack_output_rows,
     transpose_to_bf16,
 )
 from mint.engine.kernels.products import TILE_BLOCKS, multiply
-from mint.engine.kernels.simd import WIDTH, load_int, load_scalar, store_half, store_scalar
+from mint.engine.kernels.simd import WIDTH, load_int, load_scalar, store_half
 from mint.engine.kernels.tables import INT, cell
 from mint.engine.kernels.vectors import to_bf16
 
@@ -196,15 +197,6 @@ def transpose_ranks(
                         store_half(to + out_step * rank + 2 * (end - start - begin), float32(0))
 
 
-@device
-def add_transposed(sums: int, outputs: int, rank: int, scale: float, out: int) -> None:
-    """out [outputs, rank] += scale times the transpose of sums [rank, 48]."""
-    for output in range(outputs):
-        for r in range(rank):
-            at = out + 4 * (rank * output + r)
-            store_scalar(at, load_scalar(at) + scale * load_scalar(sums + 4 * (TILE_BLOCKS * WIDTH * r + output)))
-
-
 @exported(NOTHING, (INT64,) * 13)
 def add_gradients(
     part: int, parts: int, adapted: int, count: int, number: int, x: int, u_back: int, grad: int, grad_step: int, u: int,
@@ -257,9 +249,8 @@ def add_gradients(
                     left, u_step, rank, mine, BLOCK_BYTES * pairs, pairs, 0, many, sums, BLOCK_BYTES * TILE_BLOCKS, 0
                 )
                 scale = load_scalar(cell(adapted, ADAPTED_WIDTH, index, SCALE))
-                add_transposed(
-                    sums, min(many * WIDTH, outputs - WIDTH * first), rank, scale, out + 4 * rank * WIDTH * first
-                )
+                columns = min(many * WIDTH, outputs - WIDTH * first)
+                add_transposed(sums, BLOCK_BYTES * TILE_BLOCKS, rank, columns, scale, out + 4 * rank * WIDTH * first)
 
 
 @device

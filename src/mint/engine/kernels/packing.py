@@ -44,6 +44,11 @@ def _load_some(b: Any, address: Any, mask: Any) -> Any:
     return call(b, "llvm.masked.load.v16f32.p0", F32S, pointer, _I32(4), mask, splat_of(F32S, 0.0))
 
 
+def _store_some(b: Any, value: Any, address: Any, mask: Any) -> None:
+    pointer = b.inttoptr(address, F32S.as_pointer())
+    call(b, "llvm.masked.store.v16f32.p0", ir.VoidType(), value, pointer, _I32(4), mask)
+
+
 def transposed(b: Any, rows: list[Any]) -> list[Any]:
     """Of 16 vectors of 16, by interleaving the halves four times."""
     low = ir.Constant(ir.VectorType(_I32, WIDTH), [i // 2 + WIDTH * (i % 2) for i in range(WIDTH)])
@@ -118,18 +123,43 @@ def _transpose(b: Any, source: Any, step: Any, out: Any, out_step: Any) -> None:
         store_to(b, b.add(out, b.mul(out_step, _I64(m))), b.fptrunc(vector, HALVES))
 
 
+def _add_transpose(
+    b: Any, source: Any, step: Any, rows: Any, columns: Any, scale: Any, out: Any, out_step: Any
+) -> None:
+    """Adds scale times the transpose of float32 [rows <= 16, columns <= 16]. 16 rows of 16 are read."""
+    factor, mask = broadcast(b, scale, WIDTH), _below(b, rows)
+    vectors = [load_from(b, b.add(source, b.mul(step, _I64(m))), F32S, 4) for m in range(WIDTH)]
+    for m, vector in enumerate(transposed(b, vectors)):
+        with b.if_then(b.icmp_signed("<", _I64(m), columns)):
+            at = b.add(out, b.mul(out_step, _I64(m)))
+            _store_some(b, b.fadd(_load_some(b, at, mask), b.fmul(vector, factor)), at, mask)
+
+
 _i64, _f32 = types.int64, types.float32
 _rows_word = word(types.void, (_i64, _i64, _i64, _i64, _f32, _i64), _pack_rows)
 _bf16_rows_word = word(types.void, (_i64, _i64, _i64, _i64), _pack_bf16_rows)
 _columns_word = word(types.void, (_i64, _i64, _i64, _i64, _f32, _i64), _pack_columns)
 pair_bf16 = word(types.void, (_i64, _i64, _i64, _i64), _pair_bf16)
 _transpose_word = word(types.void, (_i64, _i64, _i64, _i64), _transpose)
+_add_transpose_word = word(types.void, (_i64, _i64, _i64, _i64, _f32, _i64, _i64), _add_transpose)
 
 
 @exported(types.void, (_i64,) * 4)
 def transpose_to_bf16(source: int, step: int, out: int, out_step: int) -> None:
     """float32 [16, 16] -> its transpose in bf16."""
     _transpose_word(source, step, out, out_step)
+
+
+@exported(types.void, (_i64, _i64, _i64, _i64, _f32, _i64))
+def add_transposed(source: int, step: int, rows: int, columns: int, scale: float, out: int) -> None:
+    """out [columns, rows] += scale times the transpose of float32 [rows, columns], which has whole blocks of 16 x 16 in
+    memory."""
+    for row in range(0, rows, WIDTH):
+        for column in range(0, columns, WIDTH):
+            _add_transpose_word(
+                source + step * row + 4 * column, step, rows - row, columns - column, scale,
+                out + 4 * (rows * column + row), 4 * rows,
+            )  # fmt: skip
 
 
 @exported(types.void, (_i64, _i64, _i64, _i64, _f32, _i64))

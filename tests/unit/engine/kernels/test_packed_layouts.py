@@ -112,3 +112,15 @@ def test_a_block_is_transposed_and_rounded(generator: torch.Generator) -> None:
     native(packing.transpose_to_bf16)(source.data_ptr(), step, out.data_ptr(), 2 * (WIDTH + 4))
     assert torch.equal(out[:, :WIDTH], block.t().bfloat16())
     assert (out[:, WIDTH:] == UNTOUCHED).all()
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (1, 48), (8, 17), (16, 16), (17, 33), (32, 48)])
+def test_a_scaled_transpose_is_added(rows: int, columns: int, generator: torch.Generator) -> None:
+    values, there = (torch.randn(*shape, generator=generator) for shape in ((rows, columns), (columns, rows)))
+    source = torch.full((up(rows), up(columns)), math.nan)
+    source[:rows, :columns] = values
+    out = torch.cat([there.flatten(), torch.full((SPARE,), UNTOUCHED)])
+    step = source.stride(0) * source.element_size()
+    native(packing.add_transposed)(source.data_ptr(), step, rows, columns, 0.7, out.data_ptr())
+    assert torch.equal(out[: rows * columns].view(columns, rows), there + values.t() * torch.tensor(0.7))
+    assert (out[rows * columns :] == UNTOUCHED).all()
