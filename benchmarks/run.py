@@ -27,8 +27,8 @@ from matplotlib import pyplot as plt
 HERE = Path(__file__).parent
 CHART = HERE.parent / "docs" / "images" / "speed.png"
 COMMANDS = {
-    "sft": ["sft.py", "--steps", "8"],
-    "sft-trl": ["sft.py", "--steps", "8", "--peer", "trl"],
+    "sft": ["sft.py", "--steps", "24"],
+    "sft-trl": ["sft.py", "--steps", "24", "--peer", "trl"],
     "sampling": ["sampling.py", "--pairs", "5", "--batches", "1,8,32,128"],
     "limits": ["limits.py", "--pairs", "7"],
     "kernels": ["kernels.py"],
