@@ -97,7 +97,15 @@ def meanwhile(monkeypatch: pytest.MonkeyPatch, module: Any, name: str, does: Cal
     monkeypatch.setattr(module, name, call)
 
 
-@pytest.mark.parametrize("does", ["sets the expiry of another", "deletes another", "deletes what is replaced"])
+@pytest.mark.parametrize(
+    "does",
+    [
+        "sets the expiry of another",
+        "sets the expiry of what is replaced",
+        "deletes another",
+        "deletes what is replaced",
+    ],
+)
 @pytest.mark.parametrize("when", ["fsync", "rename", "rmtree"])
 def test_a_save_does_not_mind_what_another_process_does(
     world: Embedded,
@@ -112,6 +120,7 @@ def test_a_save_does_not_mind_what_another_process_does(
     train(run, 1)
     actions: dict[str, Callable[[], None]] = {
         "sets the expiry of another": lambda: checkpoints.write_expiry(other, paths[1], None),
+        "sets the expiry of what is replaced": lambda: checkpoints.write_expiry(saved, paths[0], None),
         "deletes another": lambda: checkpoints.delete_checkpoint(other, paths[1]),
         "deletes what is replaced": lambda: checkpoints.delete_checkpoint(saved, paths[0]),
     }
@@ -157,17 +166,40 @@ def test_two_processes_may_delete_the_same(
     assert list(folder.parent.iterdir()) == []
 
 
+@pytest.mark.parametrize("is_removed", [True, False])
 @pytest.mark.parametrize(("module", "name"), [(checkpoints, "_signed"), (os, "fsync"), (os, "replace")])
 def test_an_expiry_is_set_for_the_checkpoint_that_another_process_has_just_replaced(
-    world: Embedded, run: mint.TrainingClient, mint_home: Path, monkeypatch: pytest.MonkeyPatch, module: Any, name: str
-) -> None:
-    """Whether the manifest it changes was only read by then, or the new one written, or flushed."""
+    world: Embedded, run: mint.TrainingClient, mint_home: Path, monkeypatch: pytest.MonkeyPatch,
+    module: Any, name: str, is_removed: bool,
+) -> None:  # fmt: skip
+    """Whether the manifest that it changes was only read by then, or the new one written, or flushed; whether or not the
+    old checkpoint is removed already."""
     path = run.save_state("a").result(GUARD).path
     folder, expires = checkpoint_folder(mint_home, path), datetime(2100, 1, 1, tzinfo=UTC)
     train(run, 1)
-    meanwhile(monkeypatch, module, name, lambda: run.save_state("a", overwrite=True).result(GUARD) and None)
+
+    def replace() -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            if not is_removed:
+                patch.setattr(checkpoints, "_remove", lambda _: None)
+            run.save_state("a", overwrite=True).result(GUARD)
+
+    meanwhile(monkeypatch, module, name, replace)
     checkpoints.write_expiry(folder, path, expires)
     assert world.rest().list_checkpoints(run.model_id).result().checkpoints[0].expires_at == expires
-    assert len(list(folder.iterdir())) == 4 and [p.name for p in folder.parent.iterdir()] == ["a"]
+    assert len(list(folder.iterdir())) == 4
+    assert [p.name for p in folder.parent.iterdir() if is_removed or p.name != ".old-a"] == ["a"]
     run.load_state_with_optimizer(path).result(GUARD)
     assert world.state(run).step == 1
+
+
+def test_a_listing_does_not_mix_two_saves(
+    run: mint.TrainingClient, mint_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is replaced once its manifest was read would have files of no size at all."""
+    path = run.save_state("a").result(GUARD).path
+    folder = checkpoint_folder(mint_home, path)
+    meanwhile(monkeypatch, os, "listdir", lambda: run.save_state("a", overwrite=True).result(GUARD) and None)
+    found = checkpoints.describe(folder, path)
+    assert found.size_bytes == sum(file.stat().st_size for file in folder.iterdir())
+    assert found.time == checkpoints.read_manifest(folder, path).time

@@ -136,3 +136,9 @@ def test_the_qwen3_6_tokenizer_gives_the_ids_that_its_package_documents() -> Non
     expected += [68933, 128, 97, 91914, 28495, 68933, 128, 105, 68933, 128, 95]
     text = "Hello! 毕老师！1 + 1 = 2 ĠÑĤÐ²ÑĬÑĢ"  # noqa: RUF001, as it stands there
     assert loaded("qwen3_6").encode(text, add_special_tokens=False) == expected
+
+
+@pytest.mark.parametrize("template", real_tokenizers.SOURCES)
+def test_words_are_remembered_with_real_tokenizers(template: str) -> None:
+    """Their pre-tokenizers are recognised, so rendering is as fast as measured."""
+    assert _renderer(template, False).style.encoder.words is not None

@@ -96,6 +96,7 @@ def _build_qwen(qwen: _Qwen) -> Any:
     backend = Tokenizer(models.BPE({shown[token]: rank for token, rank in ranks.items()}, merges))
     backend.normalizer = normalizers.NFC()
     letters = qwen.letters
+    # to the letter as in tokenizer.json: the pattern is recognised by its text
     letter = letters if letters == r"\p{L}" else f"[{letters}]"
     split = (
         rf"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?{letter}+|\p{{N}}| ?[^\s{letters}\p{{N}}]+[\r\n]*"

@@ -95,7 +95,7 @@ class Encoder:
         return encoded
 
     def encode_together(self, texts: Iterable[str]) -> dict[str, list[int]]:
-        """The ids of texts of many rows, made at once on all cores; of none where ids depend on what stands before."""
+        """The ids of texts of many rows, made at once (new ones on all cores); of none where ids depend on what stands before."""
         if not self.tokenizer.is_fast or self.adds_blank:
             return {}
         distinct = list(dict.fromkeys(text for text in texts if BREAK not in text))
@@ -119,7 +119,7 @@ class Encoder:
         """
         if self.tokenizer.is_fast and not self.adds_blank and not any(BREAK in text for text in texts):
             backend = without_leftovers(self.tokenizer.backend_tokenizer)  # type: ignore[attr-defined]
-            return self.words.encode(backend, texts) if self.words else encode_whole(backend, texts)
+            return encode_whole(backend, texts) if self.words is None else self.words.encode(texts)
         encoded = []
         context = ""
         for text in texts:
@@ -194,6 +194,6 @@ def make_encoder(tokenizer: Tokenizer, template: str) -> Encoder:
     pattern = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")" if longest_first else "((?!))")
     alone, line_end, after = (tokenizer.encode(t, add_special_tokens=False, verbose=False) for t in ("a", "\n", "\na"))
     firsts = frozenset(text[0] for text in control_ids)
-    apart = tokenizer.is_fast and are_words_apart(tokenizer.backend_tokenizer)  # type: ignore[attr-defined]
-    adds_blank = after != [*line_end, *alone]
-    return Encoder(tokenizer, control_ids, pattern, firsts, adds_blank, Words() if apart and not adds_blank else None)
+    backend = tokenizer.backend_tokenizer if tokenizer.is_fast else None  # type: ignore[attr-defined]
+    words = Words(backend) if backend is not None and are_words_apart(backend) else None
+    return Encoder(tokenizer, control_ids, pattern, firsts, adds_blank=after != [*line_end, *alone], words=words)

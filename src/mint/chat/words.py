@@ -14,89 +14,107 @@ from __future__ import annotations
 
 import json
 import re
+import unicodedata
 from collections.abc import Sequence
 from itertools import chain
 from typing import Any, Final
 
 _TOGETHER: Final = 32  # texts from which on they are encoded on all cores
-_MAX_CHARACTERS: Final = 1_000_000  # of the words remembered: some 40 MB
+_LONGEST: Final = 64  # characters of a part that may come again
+_MAX_BYTES: Final = 40_000_000  # of what is remembered
 
 # either letters up to a place to cut, or anything up to the next blank and letter
 _PART: Final = re.compile(r" ?[A-Za-z]+(?=[\x00-&(-@\[-`{-\x7f]|\Z)|[\s\S]+?(?= [A-Za-z]|\Z)")
 
-
-_TAIL: Final = r"]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-# as tokenizer.json has them of Qwen2 to Qwen3, Qwen3.5, Llama 3, and gpt-oss
-_CUTS_AT_BLANKS: Final = frozenset(
-    (
-        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}" + _TAIL,
-        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}" + _TAIL,
-        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}" + _TAIL,
-        r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
-        r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
-        r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+_CONTRACTED: Final = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_BLANKS: Final = r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+# as tokenizer.json has them of Qwen2 to Qwen3, Qwen3.5, Llama 3, gpt-oss, and Mistral's of 2024 and later
+_KNOWN: Final = frozenset(
+    words + _BLANKS
+    for words in (
+        _CONTRACTED + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*",
+        _CONTRACTED + r"|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*",
+        _CONTRACTED + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*",
+        rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{_CONTRACTED}?|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{_CONTRACTED}?"
+        r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*",
+        rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*"
+        r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*",
     )
 )
 
 
 class Words:
-    """Encodes texts with one tokenizer of which `are_words_apart` is true."""
+    """Encodes texts with a tokenizer (of the tokenizers library) of which `are_words_apart` is true."""
 
-    def __init__(self) -> None:
+    def __init__(self, backend: Any) -> None:
+        self._backend = backend
         self._known: dict[str, list[int]] = {}
-        self._characters = 0
+        self._bytes = 0  # about
 
-    def encode(self, backend: Any, texts: Sequence[str]) -> list[list[int]]:
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of each text, as `encode_whole` makes them."""
-        if self._characters > _MAX_CHARACTERS:
-            self._known, self._characters = {}, 0
-        known = self._known
+        if self._bytes > _MAX_BYTES:
+            self._known, self._bytes = {}, 0
+        known, passing = self._known, dict[str, list[int]]()
         parts = [_PART.findall(text) for text in texts]
         new = list(set(chain.from_iterable(parts)).difference(known))
-        if new:
-            known.update(zip(new, encode_whole(backend, new), strict=True))
-            self._characters += sum(map(len, new))
+        for part, ids in zip(new, encode_whole(self._backend, new, len(texts) >= _TOGETHER), strict=True):
+            (known if len(part) <= _LONGEST else passing)[part] = ids
+            self._bytes += 200 + len(part) + 36 * len(ids)
+        if passing:
+            return [[i for p in found for i in (passing if p in passing else known)[p]] for found in parts]
         return [list(chain.from_iterable(map(known.__getitem__, found))) for found in parts]
 
 
-def encode_whole(backend: Any, texts: Sequence[str]) -> list[list[int]]:
-    """The ids of each text, by the tokenizer library."""
+def encode_whole(backend: Any, texts: Sequence[str], together: bool | None = None) -> list[list[int]]:
+    """The ids of each text, by the tokenizer library. together: on all cores; by default, where there are many."""
+    if together is None:
+        together = len(texts) >= _TOGETHER
     # handing a few texts to other threads costs more than it saves, and disturbs those that train
-    batches = [list(texts)] if len(texts) >= _TOGETHER else [[text] for text in texts]
+    batches = [list(texts)] if together else [[text] for text in texts]
     return [made.ids for batch in batches for made in backend.encode_batch_fast(batch, add_special_tokens=False)]
 
 
 def are_words_apart(backend: Any) -> bool:
-    """Whether the parts of a text that `Words` makes can be encoded apart, for all that can be told of a tokenizer."""
+    """Whether every text's parts, as `Words` makes them, can be encoded apart. Only what is known for sure is true."""
     added = backend.get_added_tokens_decoder().values()
     return (
         type(backend.model).__name__ == "BPE"
         and not backend.model.dropout
-        and (backend.normalizer is None or _described(backend.normalizer) == {"type": "NFC"})
+        and (backend.normalizer is None or _described(backend.normalizer).get("type") == "NFC")
         and backend.pre_tokenizer is not None
-        and _cuts_at_blanks(_described(backend.pre_tokenizer))
+        and _cuts(_described(backend.pre_tokenizer))
         and not any(token.lstrip or token.rstrip or token.single_word for token in added)
-        and not any(re.search("^[A-Za-z]| ", token.content) for token in added)  # no part ends within such a token
+        # no part ends within such a token; its text is looked for in normalised text
+        and not any(re.search("^[A-Za-z]| ", unicodedata.normalize("NFC", token.content)) for token in added)
     )
 
 
 def _described(component: Any) -> dict[str, Any]:
-    """A part of a tokenizer as tokenizer.json has it."""
-    described: dict[str, Any] = json.loads(component.__getstate__())
+    """A part of a tokenizer as tokenizer.json has it; nothing of one that is written in Python and cannot be there."""
+    try:
+        described: dict[str, Any] = json.loads(component.__getstate__())
+    except Exception as error:  # the library has no narrower one
+        if "Custom" not in str(error):
+            raise
+        return {}
     return described
 
 
-def _cuts_at_blanks(pre_tokenizer: dict[str, Any]) -> bool:
+def _cuts(pre_tokenizer: dict[str, Any]) -> bool:
     """Whether it cuts at the places above; further cuts, within those, do no harm."""
     cuts = False
-    for step in pre_tokenizer["pretokenizers"] if pre_tokenizer["type"] == "Sequence" else [pre_tokenizer]:
+    for step in pre_tokenizer.get("pretokenizers", [pre_tokenizer]):
         match step:
             case {"type": "Digits"}:
                 pass
-            case {"type": "ByteLevel", "add_prefix_space": False, "use_regex": bool(has_words)}:
-                cuts = cuts or has_words
+            case {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}:
+                cuts = True
+            case {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False} if cuts:
+                pass  # what follows sees no blanks any more
             case {"type": "Split", "behavior": "Isolated", "invert": False, "pattern": {"Regex": str(words)}}:
-                if words not in _CUTS_AT_BLANKS:
+                if words not in _KNOWN:
                     return False
                 cuts = True
             case _:

@@ -23,6 +23,7 @@ import shutil
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -136,14 +137,13 @@ def write_expiry(folder: Path, path: str, expires_at: datetime | None) -> None:
 
 
 def _write_expiry(opened: int, path: str, expires_at: datetime | None) -> None:
-    manifest = _read_manifest(opened, path).model_copy(update={"expires_at": expires_at})
+    content = _signed(_read_manifest(opened, path).model_copy(update={"expires_at": expires_at}))
     fresh = f".new-{uuid.uuid4().hex}"
     try:
-        descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666, dir_fd=opened)
-        with open(descriptor, "wb") as file:
-            file.write(_signed(manifest))
+        with open(fresh, "xb", opener=partial(os.open, mode=0o666, dir_fd=opened)) as file:
+            file.write(content)
             file.flush()
-            os.fsync(descriptor)
+            os.fsync(file.fileno())
         os.replace(fresh, MANIFEST, src_dir_fd=opened, dst_dir_fd=opened)
         os.fsync(opened)
     finally:
@@ -222,19 +222,21 @@ def delete_checkpoint(folder: Path, path: str) -> None:
         _remove(place)
 
 
-def _unchanging(folder: Path, path: str, read: Callable[[int], T]) -> T:
-    """What `read` makes of the checkpoint's open folder, read again where a save replaced them meanwhile."""
+def _unchanging(folder: Path, path: str, use: Callable[[int], T]) -> T:
+    """What `use` makes of the checkpoint's open folder, used again where a save or delete replaced that meanwhile."""
     for _ in range(100):  # each a moment; a process that saves without a pause cannot keep up
         place = locate(folder)
         before = _stamp(place)
         try:
             with _opened(place, path) as opened:
-                return read(opened)
+                made = use(opened)
+                if os.path.samestat(os.fstat(opened), place.stat()):
+                    return made
         except (CheckpointError, CheckpointNotFoundError, FileNotFoundError):
             if locate(folder) == place and _stamp(place) == before:
                 raise
     with _opened(locate(folder), path) as opened:
-        return read(opened)
+        return use(opened)
 
 
 @contextlib.contextmanager
@@ -271,7 +273,7 @@ def _contents(opened: int, names: Sequence[str]) -> dict[str, bytes]:
         files = {}
         for name in names:
             with contextlib.suppress(FileNotFoundError):
-                files[name] = stack.enter_context(open(os.open(name, os.O_RDONLY, dir_fd=opened), "rb"))
+                files[name] = stack.enter_context(open(name, "rb", opener=partial(os.open, dir_fd=opened)))
         return {name: file.read() for name, file in files.items()}
 
 

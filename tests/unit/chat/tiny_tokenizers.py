@@ -15,7 +15,7 @@ from tests.support.tiny_models import QWEN_SPLIT
 
 TEMPLATES = Path(__file__).parents[2] / "fixtures" / "chat_templates"
 
-# the Qwen split: whitespace up to and including newlines is one piece, so byte pairs merge across line ends
+# as whitespace up to and including newlines is one piece (QWEN_SPLIT), byte pairs merge across line ends
 CORPUS = [
     "system user assistant\n\nYou are a helpful assistant.\n\nCutting Knowledge Date: December 2023\nToday Date:\n\n",
     "Hello there! How can I help you today?\n\n1. one\n2. two\n\n\n<think>\n\n</think>\n\n <|im_start|> <|im_end|>",

@@ -205,7 +205,7 @@ def add_gradients(
     """A's and B's gradients, (gradient by u)^T x and u^T grad, added to the adapters'.
 
     u_back, u: transposed ranks [R, columns], u_step bytes apart. packed: [T / 2 pairs, 3 blocks] of scratch for every
-    thread, block: its bytes; the last 3 x R x 16 float32 of it hold B's part.
+    thread, block: its bytes; the last 3 x R x 16 float32 of it hold B's part, of which rows beyond the rank are not used.
     """
     turn, mine = 0, packed + block * part
     for index in range(count):
@@ -218,7 +218,7 @@ def add_gradients(
             load_int(site + INT * PADDED),
         )
         rows, inputs = cell(adapted, ADAPTED_WIDTH, index, END) - start, load_int(site + INT * INPUTS)
-        pairs, column = (rows + 1) // 2, 2 * transposed_at(start, index)
+        pairs, offset = (rows + 1) // 2, 2 * transposed_at(start, index)
         blocks = (inputs + WIDTH - 1) // WIDTH
         for first in range(0, blocks, TILE_BLOCKS):
             turn += 1
@@ -230,7 +230,7 @@ def add_gradients(
             )
             for module in range(load_int(site + INT * MODULES)):
                 out = gradient + 4 * (module_cell(site, module, A_AT) + WIDTH * first)
-                left = u_back + u_step * padded * module + column
+                left = u_back + u_step * padded * module + offset
                 multiply(left, u_step, rank, mine, BLOCK_BYTES * pairs, pairs, 0, many, out, 4 * inputs, 1)
         for module in range(load_int(site + INT * MODULES)):
             own, outputs = module_cell(site, module, FIRST), module_cell(site, module, OUTPUTS)
@@ -244,7 +244,7 @@ def add_gradients(
                 many = min(TILE_BLOCKS, blocks - first)
                 at = grad + grad_step * start + 2 * WIDTH * (own + first)
                 pack_bf16_input_rows(at, grad_step, rows, many * WIDTH, pairs, mine)
-                left = u + u_step * padded * module + column
+                left = u + u_step * padded * module + offset
                 multiply(
                     left, u_step, rank, mine, BLOCK_BYTES * pairs, pairs, 0, many, sums, BLOCK_BYTES * TILE_BLOCKS, 0
                 )

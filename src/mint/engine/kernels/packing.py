@@ -45,6 +45,7 @@ def _load_some(b: Any, address: Any, mask: Any) -> Any:
 
 
 def _store_some(b: Any, value: Any, address: Any, mask: Any) -> None:
+    """16 float32; nothing is written where the mask is not set."""
     pointer = b.inttoptr(address, F32S.as_pointer())
     call(b, "llvm.masked.store.v16f32.p0", ir.VoidType(), value, pointer, _I32(4), mask)
 
