@@ -1,6 +1,7 @@
 """How a base model is computed: by torch's operations, or by compiled kernels where model and processor are made for them.
 
-Both sides are decoder, head, what they multiply an adapter with, and the sampler's passes; nobody else asks which it is.
+Both sides are decoder, head, what they multiply an adapter with, its optimizer, and the sampler's passes; nobody else asks
+which it is.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from mint.engine.models.decoder import Decoder, PackedRow
 from mint.engine.models.head import Derivative, Head, Targets
 from mint.engine.models.packed_attention import PackedSequence
 from mint.engine.models.weights import DecoderWeights
+from mint.engine.optim import TORCH_OPTIMIZER, Optimizer
 from mint.engine.plan import PassMemory, compiled_pass_memory, torch_pass_memory
 from mint.engine.sampling.passes import Passes
 from mint.engine.sampling.torch_passes import TorchPasses
@@ -83,6 +85,7 @@ class Compute:
     decoder: AnyDecoder
     head: AnyHead
     weights_of: Callable[[AdapterLayout, Tensor, bool], AnyAdapter]
+    optimizer: Optimizer
     passes: Passes
     pass_memory: PassMemory
     base_bytes: int
@@ -126,6 +129,7 @@ def _torch_compute(config: DecoderConfig, weights: DecoderWeights, device: Devic
         decoder=decoder,
         head=Head(decoder),
         weights_of=lambda layout, flat_P, _: adapter_weights(layout, flat_P, device.dtype),
+        optimizer=TORCH_OPTIMIZER,
         passes=TorchPasses(sampling, batch_invariant=settings.batch_invariant),
         pass_memory=torch_pass_memory(config, device.dtype.itemsize),
         base_bytes=weights.num_bytes(),
@@ -133,7 +137,8 @@ def _torch_compute(config: DecoderConfig, weights: DecoderWeights, device: Devic
 
 
 def _compiled_compute(config: DecoderConfig, weights: DecoderWeights, device: Device) -> Compute:
-    from mint.engine.kernels.adapter import pack_adapter
+    from mint.engine.kernels.adam import OPTIMIZER
+    from mint.engine.kernels.adapter import SpareStorage, pack_adapter
     from mint.engine.kernels.decoder import CompiledDecoder
     from mint.engine.kernels.head import CompiledHead
     from mint.engine.kernels.rows import RowsModel
@@ -141,12 +146,16 @@ def _compiled_compute(config: DecoderConfig, weights: DecoderWeights, device: De
     from mint.engine.sampling.compiled_passes import CompiledPasses
 
     embed_VD, packed = weights.embed_VD, PackedWeights(config, weights)
+    spares = SpareStorage()
     training, sampling = Workspace(device.torch_device), Workspace(device.torch_device)
     return Compute(
         kernels=kernels_version(),
         decoder=CompiledDecoder(config, embed_VD, packed, training),
         head=CompiledHead(config, packed, training),
-        weights_of=lambda layout, flat_P, back: pack_adapter(layout, flat_P, config.num_layers, back=back),
+        weights_of=lambda layout, flat_P, back: pack_adapter(
+            layout, flat_P, config.num_layers, back=back, spares=spares
+        ),
+        optimizer=OPTIMIZER,
         passes=CompiledPasses(RowsModel(config, embed_VD, packed, sampling)),
         pass_memory=compiled_pass_memory(config, device.num_threads),
         base_bytes=embed_VD.nbytes + packed.num_bytes(),

@@ -106,8 +106,9 @@ class DecoderBackend:
         asked = ONE_DATUM_PER_PASS if self._settings.batch_invariant else self._settings.max_tokens_per_pass
         plan = make_plan(self._compute.pass_memory, self._free_bytes, asked)
         self._trainer.runs[run_id] = TrainingRun(
-            layout, seed, plan, decoder.device, lambda params_P: self._compute.weights_of(layout, params_P, True)
-        )
+            layout, seed, plan, decoder.device, lambda params_P: self._compute.weights_of(layout, params_P, True),
+            self._compute.optimizer,
+        )  # fmt: skip
         logger.info("%s: %s", run_id, self._plan_text(plan))
         return self._report(run_id)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -42,16 +43,20 @@ def is_finite(vector_P: Tensor) -> bool:
     return bool(torch.isfinite(torch.stack(torch.aminmax(vector_P))).all())
 
 
+def clip_factor(hyper: AdamParams, grad_norm: float) -> float:
+    return hyper.grad_clip_norm / grad_norm if 0 < hyper.grad_clip_norm < grad_norm else 1.0
+
+
 def adam_step(params_P: Tensor, grad_P: Tensor, state: AdamState, hyper: AdamParams, grad_norm: float) -> float:
     """One update in place by torch's AdamW; returns the update's norm. `grad_norm` is the global norm of `grad_P`, for
-    clipping."""
-    clip = hyper.grad_clip_norm / grad_norm if 0 < hyper.grad_clip_norm < grad_norm else 1.0
+    clipping; the gradient is 0 afterwards."""
+    clip = clip_factor(hyper, grad_norm)
     taken = torch.tensor(float(state.step), device=params_P.device)
     squares = 0.0
     parts = (torch.split(t, BLOCK) for t in (params_P, grad_P, state.exp_avg_P, state.exp_avg_sq_P))
     for param, grad, exp_avg, exp_avg_sq in zip(*parts, strict=True):
         if clip != 1.0:
-            grad = grad * clip
+            grad.mul_(clip)
         before = param.clone()
         adamw(
             [param], [grad], [exp_avg], [exp_avg_sq], [], [taken.clone()],
@@ -59,5 +64,17 @@ def adam_step(params_P: Tensor, grad_P: Tensor, state: AdamState, hyper: AdamPar
             fused=True, amsgrad=False, maximize=False,
         )  # fmt: skip
         squares += _sum_of_squares(before.sub_(param))
+        grad.zero_()
     state.step += 1
     return math.sqrt(squares)
+
+
+@dataclass(frozen=True, slots=True)
+class Optimizer:
+    """What updates runs: `global_norm` and `adam_step` as above."""
+
+    global_norm: Callable[[Tensor], float]
+    adam_step: Callable[[Tensor, Tensor, AdamState, AdamParams, float], float]
+
+
+TORCH_OPTIMIZER = Optimizer(global_norm, adam_step)

@@ -35,7 +35,7 @@ from mint.engine.lora import (
     initial_parameters,
     named_tensors,
 )
-from mint.engine.optim import AdamState, adam_step, global_norm, is_finite, new_adam_state
+from mint.engine.optim import TORCH_OPTIMIZER, AdamState, Optimizer, is_finite, new_adam_state
 from mint.engine.plan import Plan
 from mint.errors import InputError, NumericsError
 from mint.losses import LOSSES
@@ -55,6 +55,7 @@ class TrainingRun:
         plan: Plan,
         device: torch.device,
         weights_of: Callable[[Tensor], AnyAdapter],
+        optimizer: Optimizer = TORCH_OPTIMIZER,
     ) -> None:
         """weights_of: what passes multiply with, from the parameters."""
         self.layout = layout
@@ -63,7 +64,7 @@ class TrainingRun:
         self.adam: AdamState = new_adam_state(self.params_P)
         self.gradient = AdapterGradient(layout, device)
         self.has_gradient = False
-        self._weights_of = weights_of
+        self._weights_of, self._optimizer = weights_of, optimizer
         self._weights: AnyAdapter | None = None
 
     def weights(self) -> AnyAdapter:
@@ -115,7 +116,7 @@ class TrainingRun:
         metrics = {"step": float(self.adam.step), "learning_rate": hyper.learning_rate}
         if not self.has_gradient:
             return {**metrics, "grad_norm": 0.0, "update_norm": 0.0, "no_gradient": 1.0}
-        grad_norm = global_norm(self.gradient.flat_P)
+        grad_norm = self._optimizer.global_norm(self.gradient.flat_P)
         if not np.isfinite(grad_norm):
             self.clear_gradient()
             raise NumericsError(
@@ -123,8 +124,8 @@ class TrainingRun:
                 "Look for extreme weights, advantages or logprobs in the data since the last step"
             )
         first_P = self.params_P.clone() if self.adam.step == 0 else None
-        update_norm = adam_step(self.params_P, self.gradient.flat_P, self.adam, hyper, grad_norm)
-        self.clear_gradient()
+        update_norm = self._optimizer.adam_step(self.params_P, self.gradient.flat_P, self.adam, hyper, grad_norm)
+        self.has_gradient = False
         if first_P is not None and hyper.learning_rate > 0 and grad_norm > 0 and update_norm == 0:
             self.params_P, self.adam = first_P, new_adam_state(first_P)
             raise NumericsError(

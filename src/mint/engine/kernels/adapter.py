@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -38,7 +40,33 @@ def site_numbers(num_layers: int) -> dict[Site, int]:
     return numbers
 
 
-@dataclass(frozen=True, slots=True, repr=False, eq=False)
+MOST_SPARES = 8
+
+
+class SpareStorage:
+    """Storage of packed adapters that are gone, for the next of the same size: what the system has taken back has to be
+    faulted in again, which takes as long as packing."""
+
+    def __init__(self) -> None:
+        self._spares: list[Tensor] = []
+        self._lock = threading.RLock()  # an adapter may go while another is made, on the same thread, too
+
+    def take(self, size: int) -> Tensor:
+        """[size] bf16, whatever is in it."""
+        with self._lock:
+            for i, spare in enumerate(self._spares):
+                if len(spare) == size:
+                    return self._spares.pop(i)
+        return torch.empty(size, dtype=torch.bfloat16)
+
+    def keep(self, storage: Tensor) -> None:
+        """The last MOST_SPARES of those given are kept."""
+        with self._lock:
+            self._spares.append(storage)
+            del self._spares[:-MOST_SPARES]
+
+
+@dataclass(frozen=True, slots=True, weakref_slot=True, repr=False, eq=False)
 class PackedAdapter(Mapping[Site, int]):
     """The number of every adapted site. ranks: the most of a site, filled up. table: see low_rank.py; storage: what it points
     to."""
@@ -59,14 +87,19 @@ class PackedAdapter(Mapping[Site, int]):
         return len(self.numbers)
 
 
-def pack_adapter(layout: AdapterLayout, flat_P: Tensor, num_layers: int, *, back: bool) -> PackedAdapter:
-    """A copy of the parameters; for backward too where `back`."""
+def pack_adapter(
+    layout: AdapterLayout, flat_P: Tensor, num_layers: int, *, back: bool, spares: SpareStorage | None = None
+) -> PackedAdapter:
+    """A copy of the parameters; for backward too where `back`. Its storage comes from `spares` and goes there."""
     padded = -(-layout.rank // WIDTH) * WIDTH
     numbers = site_numbers(num_layers)
     table = np.zeros((len(numbers), SITE_WIDTH), np.int64)
     sizes = [_site_values(site, layout.rank, padded, back=back) for site in layout.sites]
     filled = padded == layout.rank and not any(module.num_out % WIDTH for module in layout.modules)
-    storage = (torch.empty if filled else torch.zeros)(sum(sum(size) for size in sizes), dtype=torch.bfloat16)
+    spares = spares or SpareStorage()
+    storage = spares.take(sum(sum(size) for size in sizes))
+    if not filled:
+        storage.zero_()
     at = storage.data_ptr()
     for site, parts in zip(layout.sites, sizes, strict=True):
         addresses = at + 2 * np.cumsum([0, *parts])
@@ -75,7 +108,9 @@ def pack_adapter(layout: AdapterLayout, flat_P: Tensor, num_layers: int, *, back
     scale = torch.tensor(layout.scale, dtype=torch.float32)
     _pack_kernel(table.ctypes.data, len(table), flat_P.data_ptr(), scale.data_ptr(), int(back))
     ranks = padded * max(len(site.modules) for site in layout.sites)
-    return PackedAdapter({site.site: numbers[site.site] for site in layout.sites}, ranks, table, storage, scale)
+    packed = PackedAdapter({site.site: numbers[site.site] for site in layout.sites}, ranks, table, storage, scale)
+    weakref.finalize(packed, spares.keep, storage).atexit = False
+    return packed
 
 
 def _up(value: int, unit: int) -> int:
