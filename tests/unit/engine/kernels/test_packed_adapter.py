@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from mint.engine.kernels import low_rank as k
-from mint.engine.kernels.adapter import adapted_table, pack_adapter, site_numbers
+from mint.engine.kernels.adapter import MOST_SPARES, SpareStorage, adapted_table, pack_adapter, site_numbers
 from mint.engine.lora import DOWN, GATE_UP, QKV, UNEMBED_SITE, AdapterLayout, O, lay_out, module_views
 from mint.types.params import LoraConfig
 
@@ -103,3 +103,32 @@ def test_a_pass_lists_rows_with_an_adapter(generator: torch.Generator) -> None:
 def test_without_adapters_there_is_scratch_for_one_block() -> None:
     table, count, ranks = adapted_table([(0, 3, None, None)])
     assert (table.shape, count, ranks) == ((0, k.ADAPTED_WIDTH), 0, WIDTH)
+
+
+@pytest.mark.parametrize("rank", [16, 5])
+def test_storage_of_one_that_is_gone_is_used_again(rank: int, generator: torch.Generator) -> None:
+    """With the same content as new storage, whatever was in it; not for another size."""
+    (layout, flat_P), (_, other_P), (smaller, smaller_P) = (parameters(r, generator) for r in (rank, rank, 1))
+    spares, new = SpareStorage(), pack_adapter(layout, other_P, 2, back=True)
+    first = pack_adapter(layout, flat_P, 2, back=True, spares=spares)
+    address = first.storage.data_ptr()
+    beside = pack_adapter(layout, flat_P, 2, back=True, spares=spares)
+    assert beside.storage.data_ptr() != address  # it is not gone yet
+    first.storage.fill_(torch.nan)
+    del first
+    assert pack_adapter(smaller, smaller_P, 2, back=True, spares=spares).storage.data_ptr() != address
+    again = pack_adapter(layout, other_P, 2, back=True, spares=spares)
+    assert again.storage.data_ptr() == address and torch.equal(again.storage, new.storage)
+
+
+def test_only_the_last_few_storages_are_kept(generator: torch.Generator) -> None:
+    layout, flat_P = parameters(16, generator)
+    spares = SpareStorage()
+    adapters = [pack_adapter(layout, flat_P, 2, back=False, spares=spares) for _ in range(MOST_SPARES + 3)]
+    size, addresses = len(adapters[0].storage), [adapter.storage.data_ptr() for adapter in adapters]
+    while adapters:
+        del adapters[0]
+    kept = [spares.take(size) for _ in range(MOST_SPARES)]
+    assert [storage.data_ptr() for storage in kept] == addresses[3:]
+    fresh = spares.take(size)
+    assert fresh.data_ptr() not in addresses[3:]
