@@ -21,7 +21,7 @@ from mint import types
 from mint.engine.hf.backend import GAPS, HfBackend
 from mint.engine.hf.linears import find_linears, group_of
 from mint.engine.models.config import uncovered
-from mint.errors import InputError, UnsupportedError
+from mint.errors import InputError, NumericsError, UnsupportedError
 from mint.settings import Settings
 from tests.numerics import memory_child
 from tests.support.clients import GUARD, batch, checkpoint_folder, embedded, logprobs
@@ -211,6 +211,23 @@ def test_sampled_and_prompt_logprobs_are_those_of_forward(made: Callable[[str], 
     for sequence in alone.sequences:
         scored = forward(backend, "run", [continuation(given, sequence.tokens)]).logprobs[0]
         np.testing.assert_allclose(np.array(sequence.logprobs), scored[-12:], atol=FP32_LOGPROB)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_an_adapter_that_blew_up_fails_its_own_samples_only(made: Callable[[str], Path], temperature: float) -> None:
+    backend = open_hf(made("phi3"))
+    for run_id, scale in (("bad", torch.nan), ("good", 0.05)):
+        add_random_run(backend, run_id, types.LoraConfig(rank=4), scale=scale)
+    good, bad = (
+        request([5, 6, 7], adapter=backend.snapshot(run_id), temperature=temperature, num_samples=2)
+        for run_id in ("good", "bad")
+    )
+    (alone,) = generate(backend, good)
+    beside, failed, base = generate(backend, good, bad, request([5, 6, 7]))
+    assert beside.sequences == alone.sequences and len(base.sequences) == 1 and beside.error is base.error is None
+    assert isinstance(failed.error, NumericsError) and failed.sequences == []
+    assert "sample: this adapter gives logits that are not finite numbers for this prompt" in str(failed.error)
+    assert backend.num_requests == 0
 
 
 @pytest.mark.parametrize("kind", ["gemma2", "phi3", "qwen3_moe", "gpt_neox"])

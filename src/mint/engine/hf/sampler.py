@@ -6,6 +6,7 @@ Shape letter: V vocabulary.
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,8 +17,9 @@ from mint.engine.backend import GenerateRequest, Generation
 from mint.engine.hf.model import CausalModel
 from mint.engine.lora import AdapterWeights
 from mint.engine.sampling.choose import choose, top_logprobs
-from mint.engine.sampling.sequence import GrowingSequence, new_sequence
+from mint.engine.sampling.sequence import GrowingSequence, new_sequence, not_finite
 from mint.engine.sampling.waiting import WaitingRequests
+from mint.errors import NumericsError
 
 MAX_SEQUENCES = 64  # growing at once; further requests wait, so that caches stay bounded
 
@@ -28,9 +30,24 @@ class _Request:
     given: GenerateRequest
     weights: AdapterWeights  # held here, so that a snapshot may be dropped while it is in use
     sequences: list[GrowingSequence[Any]] = field(default_factory=list)  # they start when the prompt is prefilled
+    error: NumericsError | None = None
 
     def growing(self) -> list[GrowingSequence[Any]]:
-        return [s for s in self.sequences if s.stop_reason is None]
+        return [s for s in self.sequences if s.stop_reason is None and self.error is None]
+
+    def extend(self, sequence: GrowingSequence[Any], logits_1V: Tensor) -> None:
+        """The next token, with its logprob at temperature 1."""
+        (token,), normaliser_1 = choose(logits_1V, [sequence.choice()])
+        logprob = float(logits_1V[0, token].double() - normaliser_1[0])
+        if not math.isfinite(logprob):
+            self.error = not_finite(self.given)
+            return
+        num_topk = self.given.num_topk
+        sequence.extend(token, logprob, top_logprobs(logits_1V, num_topk)[0] if num_topk else None)
+
+    def generation(self) -> Generation:
+        sequences = [s.finished() for s in self.sequences] if self.error is None else []
+        return Generation(self.number, sequences, 0, self.error)
 
 
 class SequenceSampler:
@@ -64,12 +81,13 @@ class SequenceSampler:
             self._growing[waiting.number] = waiting
         else:
             for request, sequence in growing:
-                logits_1V, _ = self._model.forward(sequence.tokens[-1:], request.weights, cache=sequence.cache)
-                _extend(sequence, logits_1V)
+                if request.error is None:
+                    logits_1V, _ = self._model.forward(sequence.tokens[-1:], request.weights, cache=sequence.cache)
+                    request.extend(sequence, logits_1V)
         done = [r for r in self._growing.values() if not r.growing()]
         for request in done:
             del self._growing[request.number]
-        return [Generation(r.number, [s.finished() for s in r.sequences], 0) for r in done]
+        return [request.generation() for request in done]
 
     def _prefill(self, request: _Request) -> None:
         """Whole, because not every model's cache can take a prompt in pieces."""
@@ -78,12 +96,4 @@ class SequenceSampler:
         for i in range(given.num_samples):
             own = cache if i == given.num_samples - 1 else copy.deepcopy(cache)
             request.sequences.append(new_sequence(given, i, own))
-            _extend(request.sequences[-1], logits_1V)
-
-
-def _extend(sequence: GrowingSequence[Any], logits_1V: Tensor) -> None:
-    """The next token, with its logprob at temperature 1."""
-    (token,), normaliser_1 = choose(logits_1V, [sequence.choice()])
-    logprob = float(logits_1V[0, token].double() - normaliser_1[0])
-    num_topk = sequence.given.num_topk
-    sequence.extend(token, logprob, top_logprobs(logits_1V, num_topk)[0] if num_topk else None)
+            request.extend(request.sequences[-1], logits_1V)

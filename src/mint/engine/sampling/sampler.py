@@ -28,7 +28,7 @@ from mint.engine.sampling.chunks import Chunk, Prefill, chunk_end, shared_beginn
 from mint.engine.sampling.grouping import Grouping
 from mint.engine.sampling.passes import ExactLogits, Passes
 from mint.engine.sampling.request import Growing, Request, Row, SlabSequence
-from mint.engine.sampling.sequence import new_sequence
+from mint.engine.sampling.sequence import new_sequence, not_finite
 from mint.engine.sampling.slabs import GrowingCaches, slab_capacity
 from mint.engine.sampling.waiting import WaitingRequests
 from mint.errors import ClosedError, NumericsError
@@ -238,21 +238,13 @@ class Sampler:
         logprobs = chosen_logprobs(logits_BV, tokens, normaliser_B, exact)
         for i, (row, sequence) in enumerate(zip(rows, sequences, strict=True)):
             if not math.isfinite(logprobs[i]):
-                self._failed[row.request.number] = not_finite(row.request)
+                self._failed[row.request.number] = not_finite(row.request.given)
                 continue
             num_topk = row.request.given.num_topk
             topk = top_logprobs(logits_BV[i : i + 1], num_topk)[0] if num_topk else None
             sequence.extend(tokens[i], logprobs[i], topk)
             if sequence.stop_reason is not None:
                 self._caches.remove(sequence.cache)
-
-
-def not_finite(request: Request) -> NumericsError:
-    who = "the base model" if request.given.adapter is None else "this adapter"
-    return NumericsError(
-        f"sample: {who} gives logits that are not finite numbers for this prompt, so no token can be chosen. "
-        "Sample an earlier checkpoint, and look for a learning rate that is too high"
-    )
 
 
 def chosen_logprobs(

@@ -9,6 +9,7 @@ import numpy as np
 
 from mint.engine.backend import GenerateRequest, StopCheck
 from mint.engine.sampling.choose import Choice
+from mint.errors import NumericsError
 from mint.types.results import SampledSequence, StopReason
 
 C = TypeVar("C")
@@ -52,6 +53,14 @@ class GrowingSequence(Generic[C]):
             logprobs=self.logprobs,
             topk_logprobs=self.topk or None,
         )
+
+
+def not_finite(given: GenerateRequest) -> NumericsError:
+    who = "the base model" if given.adapter is None else "this adapter"
+    return NumericsError(
+        f"sample: {who} gives logits that are not finite numbers for this prompt, so no token can be chosen. "
+        "Sample an earlier checkpoint, and look for a learning rate that is too high"
+    )
 
 
 def new_sequence(given: GenerateRequest, index: int, cache: C) -> GrowingSequence[C]:
