@@ -1,10 +1,10 @@
 """Preparing chat data: against the per-message loop of the tutorials, beside training, and over long streams.
 
-`rendering`: rows/s of rendering and tokenising, cold (every pair gets rows that neither side has seen, each side has a
-tokenizer of its own, no cache on disk), against the loop that renders every prefix of a conversation with
-apply_chat_template, encodes it and takes the differences; in this process with one core and with all, and in 1 and 2
-worker processes. Ids are compared where both are
-right: the loop's are those of the whole conversation in the template, and ours is one example.
+`rendering`: rows/s of rendering and tokenising (every pair gets rows that neither side has seen, made of words that
+both have seen after the warm-up pair; each side has a tokenizer of its own, no cache on disk), against the loop that
+renders every prefix of a conversation with apply_chat_template, encodes it and takes the differences; in this process
+with one core and with all, and in 1 and 2 worker processes. Ids are compared where both are right: the loop's are
+those of the whole conversation in the template, and ours is one example.
 `training`: seconds of a training step on rows that are there already, prepared in this process, prepared by a worker.
 `streaming`: memory of a process that sends generated conversations through a Converter.
 One JSON line of everything at the end.

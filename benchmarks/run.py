@@ -1,6 +1,6 @@
 """All benchmarks one after the other, each in processes of its own: results/MACHINE.json and the bar chart of the README.
 
-    make bench                            # everything, about three quarters of an hour
+    make bench                            # everything, twenty minutes to three quarters of an hour
     python benchmarks/run.py sft limits   # some of it; what was measured before stays in the file
     python benchmarks/run.py --chart      # only draw what is in the file
 
@@ -64,8 +64,8 @@ def bars(results: dict[str, list[Result]]) -> list[tuple[str, float, float, floa
         found.append((f"sampling {one['prompts']} at once, against {one['peer']}", one["ratio"], *one["ratio_min_max"]))
     for one in results.get("data", []):
         for rows, settings in one["rendering"].items():
-            ratio = next(setting["ratio"] for setting in settings if setting["setting"] == "all cores")
-            found.append((f"rendering rows of {rows}, against {one['peer']}", *ratio))
+            ratio = next(setting["ratio"] for setting in settings if setting["setting"] == "1 worker")
+            found.append((f"rendering {rows} (1 worker), against {one['peer']}", *ratio))
     return found
 
 

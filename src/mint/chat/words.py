@@ -60,8 +60,11 @@ class Words:
         parts = [_PART.findall(text) for text in texts]
         new = list(set(chain.from_iterable(parts)).difference(known))
         for part, ids in zip(new, encode_whole(self._backend, new, len(texts) >= _TOGETHER), strict=True):
-            (known if len(part) <= _LONGEST else passing)[part] = ids
-            self._bytes += 200 + len(part) + 36 * len(ids)
+            if len(part) > _LONGEST:
+                passing[part] = ids
+            else:
+                known[part] = ids
+                self._bytes += 200 + len(part) + 36 * len(ids)
         if passing:
             return [[i for p in found for i in (passing if p in passing else known)[p]] for found in parts]
         return [list(chain.from_iterable(map(known.__getitem__, found))) for found in parts]

@@ -118,7 +118,7 @@ def stacked_a(layout: AdapterLayout, flat_P: Tensor, site: LoraSite) -> Tensor:
 def initial_parameters(layout: AdapterLayout, seed: int) -> Tensor:
     """A uniform in +-1/sqrt(in) (PEFT's kaiming_uniform with a = sqrt 5), B zero. The same on every machine."""
     generator = torch.Generator().manual_seed(seed % 2**64)
-    flat_P = torch.zeros(layout.size)
+    flat_P = torch.zeros(layout.size, dtype=torch.float32)
     for module in layout.modules:
         bound = module.num_in**-0.5
         module_views(layout, flat_P, module)[0].uniform_(-bound, bound, generator=generator)
@@ -155,7 +155,7 @@ class AdapterGradient:
     """The accumulating float32 gradient of one adapter."""
 
     def __init__(self, layout: AdapterLayout, device: torch.device) -> None:
-        self.flat_P = torch.zeros(layout.size, device=device)
+        self.flat_P = torch.zeros(layout.size, dtype=torch.float32, device=device)
         self._scale = layout.scale
         # of every site: A of its modules, stacked, and of each module which part of the dense B it is, and B
         self._sites: dict[Site, tuple[Tensor, list[tuple[slice, slice, Tensor]]]] = {}
@@ -225,7 +225,7 @@ def named_tensors(layout: AdapterLayout, flat_P: Tensor) -> dict[str, Tensor]:
 
 def flat_from_named(layout: AdapterLayout, tensors: Mapping[str, Tensor]) -> Tensor:
     """The inverse of `named_tensors`. Raises CheckpointError naming a tensor that is missing, spare or misshapen."""
-    flat_P = torch.empty(layout.size)
+    flat_P = torch.empty(layout.size, dtype=torch.float32)
     left = set(tensors)
     for module in layout.modules:
         for part, view in zip(("lora_A", "lora_B"), module_views(layout, flat_P, module), strict=True):

@@ -39,6 +39,9 @@ class LoraConfig(BaseModel):
         return self
 
 
+MIN_EPS = 1e-30  # far above what is 0 in float32
+
+
 @refuses_with_input_error
 class AdamParams(BaseModel):
     """AdamW with decoupled weight decay; `grad_clip_norm` is a global norm, 0 switches clipping off."""
@@ -57,6 +60,10 @@ class AdamParams(BaseModel):
         for name in ("learning_rate", "eps", "weight_decay", "grad_clip_norm"):
             if getattr(self, name) < 0:
                 raise InputError(f"{name}={getattr(self, name)}: must not be negative")
+        if self.eps < MIN_EPS:
+            raise InputError(
+                f"eps={self.eps}: must be at least {MIN_EPS}; where a gradient is 0, AdamW divides 0 by it"
+            )
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise InputError(f"{name}={getattr(self, name)}: must lie in [0, 1)")

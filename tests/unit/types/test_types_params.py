@@ -88,6 +88,7 @@ BIT64 = "a seed is a 64-bit whole number"
         (AdamParams, {"beta2": -0.5}, r"beta2=-0.5: must lie in \[0, 1\)"),
         (AdamParams, {"learning_rate": float("nan")}, FINITE),
         (AdamParams, {"eps": float("inf")}, FINITE),
+        (AdamParams, {"eps": 0.0}, "eps=0.0: must be at least 1e-30; where a gradient is 0, AdamW divides 0 by it"),
         (AdamParams, {"learning_rate": "fast"}, "Input should be a valid number"),
         (SamplingParams, {"max_tokens": 0}, "max_tokens=0: must be at least 1"),
         (SamplingParams, {"temperature": -0.1}, r"temperature=-0.1: must be 0 \(greedy\) or positive"),
@@ -124,7 +125,7 @@ def test_whole_numbers_of_numpy_and_torch_are_taken() -> None:
     [
         (LoraConfig, {"rank": 1024, "seed": 2**64 - 1}),
         (LoraConfig, {"rank": 1, "seed": -(2**63), "train_attn": False, "train_mlp": False}),
-        (AdamParams, dict.fromkeys(FIELDS[AdamParams], 0.0)),
+        (AdamParams, dict.fromkeys(FIELDS[AdamParams], 0.0) | {"eps": 1e-30}),
         (SamplingParams, {"max_tokens": 1, "temperature": 0.0, "top_k": 1, "top_p": 1e-6, "seed": 0}),
     ],
 )

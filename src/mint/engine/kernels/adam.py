@@ -1,7 +1,7 @@
 """AdamW and norms of flat float32 vectors through compiled kernels; see engine/optim.py, which does the same with torch.
 
-Every vector is read once. Squares are summed in float32 over 64 values and in float64 over those, block by block, so no sum
-depends on the number of threads. Kernels take multiples of 16; torch's operations take the few values that are left.
+An update reads every vector once. Squares are summed in float32 over 64 values and in float64 over those, block by block, so
+no sum depends on the number of threads. Kernels take multiples of 16; torch's operations take the few values that are left.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def updated(a: Any, begin: int, end: int) -> float:
             param, exp_avg, exp_avg_sq = a[PARAMS] + 4 * i, a[EXP_AVG] + 4 * i, a[EXP_AVG_SQ] + 4 * i
             before, grad = load(param), load(a[GRADS] + 4 * i) * clip
             mean = fma(load(exp_avg), beta1, grad * new1)
-            square = fma(load(exp_avg_sq), beta2, grad * grad * new2)
+            square = fma(load(exp_avg_sq), beta2, grad * new2 * grad)
             after = before * kept - rate * mean / (root(square) / correction + eps)
             store(param, after)
             store(exp_avg, mean)
@@ -109,8 +109,8 @@ def global_norm(vector_P: Tensor) -> float:
     sums = np.empty(-(-whole // BLOCK))
     _norm_kernel(vector_P.data_ptr(), whole, sums.ctypes.data)
     squares = float(sums.sum()) + optim.global_norm(vector_P[whole:]) ** 2
-    # squares of numbers beyond 1e19 are none in float32
-    return math.sqrt(squares) if math.isfinite(squares) else optim.global_norm(vector_P)
+    # float32 has no squares of numbers beyond 1e19 or below 1e-19
+    return math.sqrt(squares) if 1e-30 < squares < math.inf else optim.global_norm(vector_P)
 
 
 def adam_step(params_P: Tensor, grad_P: Tensor, state: AdamState, hyper: AdamParams, grad_norm: float) -> float:

@@ -40,7 +40,7 @@ def site_numbers(num_layers: int) -> dict[Site, int]:
     return numbers
 
 
-MOST_SPARES = 8
+MOST_SPARE_BYTES = 160_000_000  # of eight adapters of rank 16 of a model of 135M
 
 
 class SpareStorage:
@@ -48,22 +48,28 @@ class SpareStorage:
     faulted in again, which takes as long as packing."""
 
     def __init__(self) -> None:
-        self._spares: list[Tensor] = []
+        self._spares: dict[int, list[Tensor]] = {}
+        self._bytes = 0
         self._lock = threading.RLock()  # an adapter may go while another is made, on the same thread, too
 
     def take(self, size: int) -> Tensor:
         """[size] bf16, whatever is in it."""
         with self._lock:
-            for i, spare in enumerate(self._spares):
-                if len(spare) == size:
-                    return self._spares.pop(i)
-        return torch.empty(size, dtype=torch.bfloat16)
+            try:
+                storage = self._spares[size].pop()
+            except (KeyError, IndexError):
+                return torch.empty(size, dtype=torch.bfloat16)
+            self._bytes -= storage.nbytes
+            return storage
 
     def keep(self, storage: Tensor) -> None:
-        """The last MOST_SPARES of those given are kept."""
+        """As many of one size as there is room for; where other sizes have taken it, they go."""
         with self._lock:
-            self._spares.append(storage)
-            del self._spares[:-MOST_SPARES]
+            if self._bytes + storage.nbytes > MOST_SPARE_BYTES and not self._spares.get(len(storage)):
+                self._spares, self._bytes = {}, 0
+            if self._bytes + storage.nbytes <= MOST_SPARE_BYTES:
+                self._spares.setdefault(len(storage), []).append(storage)
+                self._bytes += storage.nbytes
 
 
 @dataclass(frozen=True, slots=True, weakref_slot=True, repr=False, eq=False)

@@ -11,8 +11,9 @@ from tests.unit.engine.kernels.calling import WIDTH, layout_of, threads, up
 from torch import Tensor
 from torch.nn.functional import pad
 
+from mint.engine.kernels import adapter as adapter_module
 from mint.engine.kernels import low_rank as k
-from mint.engine.kernels.adapter import MOST_SPARES, SpareStorage, adapted_table, pack_adapter, site_numbers
+from mint.engine.kernels.adapter import SpareStorage, adapted_table, pack_adapter, site_numbers
 from mint.engine.lora import DOWN, GATE_UP, QKV, UNEMBED_SITE, AdapterLayout, O, lay_out, module_views
 from mint.types.params import LoraConfig
 
@@ -121,14 +122,24 @@ def test_storage_of_one_that_is_gone_is_used_again(rank: int, generator: torch.G
     assert again.storage.data_ptr() == address and torch.equal(again.storage, new.storage)
 
 
-def test_only_the_last_few_storages_are_kept(generator: torch.Generator) -> None:
-    layout, flat_P = parameters(16, generator)
+def test_only_so_much_storage_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of one size as many as there is room for; those of sizes that are not used any more make room."""
     spares = SpareStorage()
-    adapters = [pack_adapter(layout, flat_P, 2, back=False, spares=spares) for _ in range(MOST_SPARES + 3)]
-    size, addresses = len(adapters[0].storage), [adapter.storage.data_ptr() for adapter in adapters]
-    while adapters:
-        del adapters[0]
-    kept = [spares.take(size) for _ in range(MOST_SPARES)]
-    assert [storage.data_ptr() for storage in kept] == addresses[3:]
-    fresh = spares.take(size)
-    assert fresh.data_ptr() not in addresses[3:]
+    monkeypatch.setattr(adapter_module, "MOST_SPARE_BYTES", 3 * 200 + 50)
+    old, new = ([torch.empty(size, dtype=torch.bfloat16) for _ in range(5)] for size in (100, 120))
+
+    def taken(size: int, count: int) -> list[int]:
+        return [spares.take(size).data_ptr() for _ in range(count)]
+
+    for storage in old:
+        spares.keep(storage)
+    spares.keep(new[0])
+    assert taken(120, 1) == [new[0].data_ptr()]
+    assert not set(taken(100, 5)) & {storage.data_ptr() for storage in old}  # gone with the first of the new size
+    for storage in old:
+        spares.keep(storage)
+    assert taken(100, 3) == [storage.data_ptr() for storage in old[2::-1]]
+    spares.keep(torch.empty(1000, dtype=torch.bfloat16))  # too large at all
+    for storage in new:
+        spares.keep(storage)
+    assert taken(120, 2) == [storage.data_ptr() for storage in new[1::-1]]
