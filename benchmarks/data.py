@@ -1,10 +1,10 @@
 """Preparing chat data: against the per-message loop of the tutorials, beside training, and over long streams.
 
-`rendering`: rows/s of rendering and tokenising (every pair gets rows that neither side has seen, made of words that
-both have seen after the warm-up pair; each side has a tokenizer of its own, no cache on disk), against the loop that
-renders every prefix of a conversation with apply_chat_template, encodes it and takes the differences; in this process
-with one core and with all, and in 1 and 2 worker processes. Ids are compared where both are right: the loop's are
-those of the whole conversation in the template, and ours is one example.
+`rendering`: rows/s of rendering and tokenising, cold (in every pair both sides have new tokenizers, which have seen two
+messages of a word, and new workers; no cache on disk), against the loop that renders every prefix of a conversation with
+apply_chat_template, encodes it and takes the differences; in this process with one core and with all, and in 1 and 2
+worker processes. Ids are compared where both are right: the loop's are those of the whole conversation in the
+template, and ours is one example.
 `training`: seconds of a training step on rows that are there already, prepared in this process, prepared by a worker.
 `streaming`: memory of a process that sends generated conversations through a Converter.
 One JSON line of everything at the end.
@@ -37,6 +37,7 @@ from mint.data import Batches, Conversation, Workers, load_demo, load_jsonl
 from mint.hub import load_tokenizer
 
 MAX_LENGTH = 8192
+STARTS: list[Conversation] = [[{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ok"}]] * 2
 SHAPES = {"two messages": (2, 2), "four messages and more": (4, 10)}
 # how rows are rendered: worker processes, and whether the tokenizer may use all cores of this one
 SETTINGS = {"one core": (0, "false"), "all cores": (0, "true"), "1 worker": (1, "false"), "2 workers": (2, "false")}
@@ -99,23 +100,25 @@ def rows_of(file: str | None, shape: tuple[int, int], number: int, count: int) -
 
 
 def rendering(args: argparse.Namespace, shape: tuple[int, int], setting: str) -> dict[str, Any]:
-    """Pairs on the same rows, the two sides in turns first; a worker's start is not counted."""
+    """Pairs on the same rows, the two sides in turns first, with nothing remembered; a worker's start is not counted."""
     model, pairs, count = args.model, args.pairs, args.rows
     workers, parallelism = SETTINGS[setting]
-    converter, peer = Converter(load_tokenizer(model), MAX_LENGTH), load_tokenizer(model)
-    pool = Workers(converter.outcomes, workers) if workers else None
     made: dict[str, Any] = {}
-
-    def ours(rows: list[Conversation]) -> None:
-        os.environ["TOKENIZERS_PARALLELISM"] = parallelism  # read by the tokenizer library at every call
-        made["ours"] = list((pool or converter).outcomes(enumerate(rows)))
-        os.environ["TOKENIZERS_PARALLELISM"] = "false"
-
-    def theirs(rows: list[Conversation]) -> None:
-        made["theirs"] = [loop_ids(row, peer)[0] for row in rows]
-
     ratios, speeds, compared, tokens = [], [], 0, 0
     for pair in range(pairs + 1):  # one warm-up pair
+        converter, peer = Converter(load_tokenizer(model), MAX_LENGTH), load_tokenizer(model)
+        pool = Workers(converter.outcomes, workers) if workers else None
+
+        def ours(rows: list[Conversation], side: Any = pool or converter) -> None:
+            os.environ["TOKENIZERS_PARALLELISM"] = parallelism  # read by the tokenizer library at every call
+            made["ours"] = list(side.outcomes(enumerate(rows)))
+            os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+        def theirs(rows: list[Conversation], tokenizer: Any = peer) -> None:
+            made["theirs"] = [loop_ids(row, tokenizer)[0] for row in rows]
+
+        for side in (ours, theirs):  # workers are up, templates are read
+            side(STARTS)
         rows = rows_of(args.data, shape, pair, count)
         seconds = {}
         for side in (ours, theirs) if pair % 2 else (theirs, ours):
@@ -127,8 +130,8 @@ def rendering(args: argparse.Namespace, shape: tuple[int, int], setting: str) ->
             speeds.append(count / seconds[ours])
             compared += compare(rows, made["ours"], made["theirs"], peer)
             tokens += sum(map(len, made["theirs"]))
-    if pool:
-        pool.close()
+        if pool:
+            pool.close()
     return {
         "setting": setting,
         "ratio": spread(ratios),

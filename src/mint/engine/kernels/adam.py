@@ -1,7 +1,7 @@
 """AdamW and norms of flat float32 vectors through compiled kernels; see engine/optim.py, which does the same with torch.
 
-An update reads every vector once. Squares are summed in float32 over 64 values and in float64 over those, block by block, so
-no sum depends on the number of threads. Kernels take multiples of 16; torch's operations take the few values that are left.
+An update reads every vector once. Squares are summed in float64, block by block, so no sum depends on the number of threads.
+Kernels take multiples of 16; torch's operations take the few values that are left.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from mint.engine.kernels.simd import (
     load_scalar,
     root,
     splat,
+    squares,
     store,
     store_double,
-    total,
     zeros,
 )
 from mint.engine.kernels.threads import Kernel, share_of, thread_count, thread_number
@@ -31,7 +31,6 @@ from mint.engine.optim import AdamState, Optimizer
 from mint.types.params import AdamParams
 
 BLOCK = 2**14  # values of one sum
-SUMMED = 4 * WIDTH  # values whose squares are summed in float32
 
 PARAMS, GRADS, EXP_AVG, EXP_AVG_SQ, SIZE, FACTORS, SUMS = range(7)
 CLIP, KEPT, RATE, BETA1, NEW1, BETA2, NEW2, CORRECTION, EPS = range(9)  # factors, float32
@@ -40,12 +39,8 @@ CLIP, KEPT, RATE, BETA1, NEW1, BETA2, NEW2, CORRECTION, EPS = range(9)  # factor
 @device
 def squares_of(x: int, size: int) -> float:
     summed = 0.0
-    for begin in range(0, size, SUMMED):
-        squares = zeros()
-        for i in range(begin, min(size, begin + SUMMED), WIDTH):
-            value = load(x + 4 * i)
-            squares = fma(value, value, squares)
-        summed += total(squares)
+    for i in range(0, size, WIDTH):
+        summed += squares(load(x + 4 * i))
     return summed
 
 
@@ -74,21 +69,17 @@ def updated(a: Any, begin: int, end: int) -> float:
     )
     beta1, new1, beta2, new2 = factor(a, BETA1), factor(a, NEW1), factor(a, BETA2), factor(a, NEW2)
     summed = 0.0
-    for first in range(begin, end, SUMMED):
-        squares = zeros()
-        for i in range(first, min(end, first + SUMMED), WIDTH):
-            param, exp_avg, exp_avg_sq = a[PARAMS] + 4 * i, a[EXP_AVG] + 4 * i, a[EXP_AVG_SQ] + 4 * i
-            before, grad = load(param), load(a[GRADS] + 4 * i) * clip
-            mean = fma(load(exp_avg), beta1, grad * new1)
-            square = fma(load(exp_avg_sq), beta2, grad * new2 * grad)
-            after = before * kept - rate * mean / (root(square) / correction + eps)
-            store(param, after)
-            store(exp_avg, mean)
-            store(exp_avg_sq, square)
-            store(a[GRADS] + 4 * i, zeros())
-            moved = after - before
-            squares = fma(moved, moved, squares)
-        summed += total(squares)
+    for i in range(begin, end, WIDTH):
+        param, exp_avg, exp_avg_sq = a[PARAMS] + 4 * i, a[EXP_AVG] + 4 * i, a[EXP_AVG_SQ] + 4 * i
+        before, grad = load(param), load(a[GRADS] + 4 * i) * clip
+        mean = fma(load(exp_avg), beta1, grad * new1)
+        square = fma(load(exp_avg_sq), beta2, grad * new2 * grad)
+        after = before * kept - rate * mean / (root(square) / correction + eps)
+        store(param, after)
+        store(exp_avg, mean)
+        store(exp_avg_sq, square)
+        store(a[GRADS] + 4 * i, zeros())
+        summed += squares(after - before)
     return summed
 
 
@@ -108,9 +99,7 @@ def global_norm(vector_P: Tensor) -> float:
     whole = len(vector_P) // WIDTH * WIDTH
     sums = np.empty(-(-whole // BLOCK))
     _norm_kernel(vector_P.data_ptr(), whole, sums.ctypes.data)
-    squares = float(sums.sum()) + optim.global_norm(vector_P[whole:]) ** 2
-    # float32 has no squares of numbers beyond 1e19 or below 1e-19
-    return math.sqrt(squares) if 1e-30 < squares < math.inf else optim.global_norm(vector_P)
+    return math.sqrt(float(sums.sum()) + optim.global_norm(vector_P[whole:]) ** 2)
 
 
 def adam_step(params_P: Tensor, grad_P: Tensor, state: AdamState, hyper: AdamParams, grad_norm: float) -> float:

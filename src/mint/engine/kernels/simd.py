@@ -173,6 +173,18 @@ def _total(builder: Any, x: Any) -> Any:
     return builder.call(function, (ir.Constant(_F32, 0.0), x), fastmath=("reassoc",))
 
 
+def _squares(builder: Any, x: Any) -> Any:
+    """The sum of the squares, in float64 throughout."""
+    f64s, half = ir.VectorType(_F64, WIDTH // 2), WIDTH // 2
+    lanes = [ir.Constant(ir.VectorType(_I32, half), list(range(start, start + half))) for start in (0, half)]
+    low, high = (builder.fpext(builder.shuffle_vector(x, x, order), f64s) for order in lanes)
+    both = builder.fadd(builder.fmul(low, low), builder.fmul(high, high))
+    function = cgutils.get_or_insert_function(
+        builder.module, ir.FunctionType(_F64, [_F64, f64s]), "llvm.vector.reduce.fadd.v8f64"
+    )
+    return builder.call(function, (ir.Constant(_F64, 0.0), both), fastmath=("reassoc",))
+
+
 _f32, _i64 = types.float32, types.int64
 zeros = word(floats, (), lambda b: splat_of(F32S, 0.0))
 splat = word(floats, (_f32,), lambda b, value: broadcast(b, value, WIDTH))
@@ -188,6 +200,7 @@ root = word(floats, (floats,), lambda b, x: call(b, "llvm.sqrt.v16f32", F32S, x)
 maximum = word(floats, (floats, floats), lambda b, *x: call(b, "llvm.maxnum.v16f32", F32S, *x))
 exp = word(floats, (floats,), _exp)
 total = word(_f32, (floats,), _total)
+squares = word(types.float64, (floats,), _squares)
 largest = word(_f32, (floats,), lambda b, x: call(b, "llvm.vector.reduce.fmax.v16f32", _F32, x))
 store_int = word(types.void, (_i64, _i64), store_to)
 load_double = word(types.float64, (_i64,), lambda b, address: load_from(b, address, _F64))

@@ -27,16 +27,14 @@ def test_norms(length: int, generator: torch.Generator) -> None:
     vector = torch.randn(length + 5, generator=generator)
     vector[length:] = torch.nan  # behind it
     expected = float(vector[:length].double().norm())
-    assert adam.global_norm(vector[:length]) == pytest.approx(expected, rel=4e-7)
+    assert adam.global_norm(vector[:length]) == pytest.approx(expected, rel=1e-12)
 
 
-@pytest.mark.parametrize("value", [1e30, 3e38, 1e-30, 0.0])
-def test_norms_of_numbers_whose_squares_are_none_in_float32(value: float) -> None:
-    found, length = torch.full((100,), value), 100
-    found[50] = 1e25 if value > 1 else value
-    expected = float(found.double().norm())
-    assert adam.global_norm(found) == (pytest.approx(expected, rel=1e-6) if value > 1 else pytest.approx(0, abs=1e-28))
-    assert len(found) == length
+@pytest.mark.parametrize("value", [3e38, 1e25, 1e-30, 1e-38, 0.0])
+def test_norms_of_numbers_whose_squares_float32_does_not_have(value: float) -> None:
+    vector = torch.full((100,), value)
+    vector[50] /= 2
+    assert adam.global_norm(vector) == pytest.approx(float(vector.double().norm()), rel=1e-12, abs=0)
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
